@@ -1,0 +1,53 @@
+"""The compressed branch: attention to one key per compression block (paper, section 3.3.1)."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flexnsa import checks, engines, flex, reference
+from flexnsa.config import NSAConfig
+from flexnsa.layout import query_table
+from flexnsa.types import AttentionOutput
+
+
+def compressed_attention(
+    q: Float[Tensor, "b hq tq d"],
+    k_cmp: Float[Tensor, "b hk c d"],
+    v_cmp: Float[Tensor, "b hk c dv"],
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    positions: Int[Tensor, "*b tq"] | None = None,
+    documents: Int[Tensor, "b tk"] | None = None,
+    impl: engines.Impl = "auto",
+) -> AttentionOutput:
+    """Attention of each query to the compressed tokens all of whose tokens it sees.
+
+    Compressed token i is visible to the query at position t iff ``i * stride + l - 1 <= t``.
+
+    Args:
+        q: queries ``[b, hq, tq, d]``.
+        k_cmp: compressed keys ``[b, hk, c, d]``; ``hq`` is a multiple of ``hk``.
+        v_cmp: compressed values ``[b, hk, c, dv]``.
+        config: the geometry.
+        scale: softmax scale, None for ``d ** -0.5``.
+        positions: int64 ``[tq]`` or ``[b, tq]``, absolute positions of the queries, None for ``0 .. tq-1``.
+        documents: int ``[b, tk]``, document of each KV token, -1 for padding.
+        impl: the engine.
+
+    Returns:
+        ``AttentionOutput(out, lse)``; out is 0 and lse -inf for a query that sees no compressed token.
+
+    Raises:
+        ValueError: the arguments do not fit one another.
+        NotImplementedError: the engine asked for cannot run this call.
+    """
+    checks.check_qkv(q, k_cmp, v_cmp, suffix="_cmp", k_axis="c")
+    scale = checks.resolve_scale(scale, q.shape[-1])
+    table = query_table(q, config, num_tokens=None, positions=positions, documents=documents)
+    if engines.choose(impl, "compressed", q, k_cmp, v_cmp).engine == "flex":
+        return flex.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale)
+    return reference.compressed_attention(
+        q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None
+    )

@@ -1,0 +1,251 @@
+"""Compression: every block of ``compress_block`` tokens becomes one key and one value (paper, section 3.3.1, Eq. 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int, Int64
+from torch import Tensor, nn
+
+from flexnsa.checks import check_tensor
+from flexnsa.config import NSAConfig
+from flexnsa.layout import compressed_starts
+
+Compressor = Callable[..., tuple[Tensor, Tensor]]
+"""Anything called as ``compressor(k, v, starts=...)`` that returns compressed keys and values."""
+
+
+def compress(
+    compressor: Compressor | None,
+    k: Float[Tensor, "b hk tk d"],
+    v: Float[Tensor, "b hk tk dv"],
+    config: NSAConfig,
+    *,
+    documents: Int[Tensor, "b tk"] | None = None,
+) -> tuple[Float[Tensor, "b hk c d"], Float[Tensor, "b hk c dv"]]:
+    """Compressed keys and values by ``compressor``, which starts anew in each document; k and v as they are for None.
+
+    Raises:
+        ValueError: the compressor was made for another geometry, or returns another number of compressed tokens.
+    """
+    if compressor is None:
+        return k, v
+    made_for = getattr(compressor, "config", config)
+    for name in ("compress_block", "compress_stride"):
+        if getattr(made_for, name) != getattr(config, name):
+            raise ValueError(
+                f"compressor was made for {name}={getattr(made_for, name)}, but config has "
+                f"{name}={getattr(config, name)}; make both from one config"
+            )
+    k_cmp, v_cmp = compressor(k, v, starts=compressed_starts(documents, config))
+    expected = (*k.shape[:2], config.num_compressed(k.shape[2]))
+    for name, x, raw in (("keys", k_cmp, k), ("values", v_cmp, v)):
+        if tuple(x.shape) != (*expected, raw.shape[3]):
+            raise ValueError(
+                f"compressor must return {name} of shape {(*expected, raw.shape[3])}, got {tuple(x.shape)}; one "
+                f"compressed token for each whole block"
+            )
+    return k_cmp, v_cmp
+
+
+class BlockCompressor(nn.Module):
+    """Base of the compressors: gathers the blocks; a subclass writes ``pool``.
+
+    Args:
+        config: the geometry, of which ``compress_block`` and ``compress_stride`` matter here.
+    """
+
+    def __init__(self, config: NSAConfig):
+        super().__init__()
+        self.config = config
+
+    def pool(
+        self, k_blocks: Float[Tensor, "b hk c l d"], v_blocks: Float[Tensor, "b hk c l dv"]
+    ) -> tuple[Float[Tensor, "b hk c d"], Float[Tensor, "b hk c dv"]]:
+        """One key and one value for each block (the paper's phi)."""
+        raise NotImplementedError(f"{type(self).__name__} must define pool(k_blocks, v_blocks) -> (k_cmp, v_cmp)")
+
+    def forward(
+        self,
+        k: Float[Tensor, "b hk tk d"],
+        v: Float[Tensor, "b hk tk dv"],
+        *,
+        starts: Int64[Tensor, "b c"] | None = None,
+    ) -> tuple[Float[Tensor, "b hk c d"], Float[Tensor, "b hk c dv"]]:
+        """Compress keys ``[b, hk, tk, d]`` and values ``[b, hk, tk, dv]``.
+
+        Args:
+            k: keys of raw tokens.
+            v: values of raw tokens.
+            starts: int64 ``[b, c]``, first token of each block, -1 for a slot that holds none and is then 0; None
+                for ``i * compress_stride``.
+
+        Returns:
+            ``(k_cmp, v_cmp)`` with axis c in place of tk. A block that holds a NaN or an infinity is NaN, and it
+            reaches no parameter's gradient while no query sees it.
+        """
+        check_tensor("k", k, "b hk tk d")
+        check_tensor("v", v, "b hk tk dv")
+        k_blocks, k_finite = self._gather(k, starts)
+        v_blocks, v_finite = self._gather(v, starts)
+        k_cmp, v_cmp = self.pool(k_blocks, v_blocks)
+        return _restore(k_cmp.to(k.dtype), k_finite, starts), _restore(v_cmp.to(v.dtype), v_finite, starts)
+
+    def _gather(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Blocks ``[b, hk, c, l, d]`` with rows that are not finite set to 0, and which blocks had none."""
+        finite = x.isfinite().all(-1, keepdim=True)
+        x = x.where(finite, 0)
+        return self._blocks(x, starts), self._blocks(finite, starts).all(-2)
+
+    def _blocks(self, x: Tensor, starts: Tensor | None) -> Tensor:
+        length, stride = self.config.compress_block, self.config.compress_stride
+        if starts is None:
+            count = self.config.num_compressed(x.shape[2])
+            if count == 0:
+                return x[:, :, :0, None].expand(-1, -1, -1, length, -1)
+            return x.unfold(2, length, stride).movedim(-1, 3)
+        tokens = starts.clamp(min=0)[..., None] + torch.arange(length, device=x.device)
+        index = tokens.clamp(max=x.shape[2] - 1).flatten(1)[:, None, :, None]
+        gathered = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+        return gathered.unflatten(2, (starts.shape[1], length))
+
+
+def _restore(pooled: Tensor, finite: Tensor, starts: Tensor | None) -> Tensor:
+    pooled = pooled.where(finite, torch.nan)
+    return pooled if starts is None else pooled.where(starts[:, None, :, None] >= 0, 0)
+
+
+class MeanPool(BlockCompressor):
+    """The mean of each block: no parameters.
+
+    >>> k = torch.arange(6.0).reshape(1, 1, 6, 1)
+    >>> k_cmp, v_cmp = MeanPool(NSAConfig(compress_block=4, compress_stride=2, select_block=4))(k, k)
+    >>> k_cmp.flatten()
+    tensor([1.5000, 3.5000])
+    """
+
+    def pool(
+        self, k_blocks: Float[Tensor, "b hk c l d"], v_blocks: Float[Tensor, "b hk c l dv"]
+    ) -> tuple[Float[Tensor, "b hk c d"], Float[Tensor, "b hk c dv"]]:
+        """The mean over the block's tokens."""
+        return k_blocks.mean(-2), v_blocks.mean(-2)
+
+
+class _PerHead(BlockCompressor):
+    """A compressor with parameters of its own for keys, for values, and for each KV head."""
+
+    def __init__(self, config: NSAConfig, *, num_kv_heads: int, head_dim: int, value_dim: int | None = None):
+        super().__init__(config)
+        value_dim = head_dim if value_dim is None else value_dim
+        for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}; raise it")
+        self.k_pool = self.make_pool(num_kv_heads, head_dim)
+        self.v_pool = self.make_pool(num_kv_heads, value_dim)
+
+    def make_pool(self, heads: int, dim: int) -> nn.Module:
+        raise NotImplementedError
+
+    def pool(
+        self, k_blocks: Float[Tensor, "b hk c l d"], v_blocks: Float[Tensor, "b hk c l dv"]
+    ) -> tuple[Float[Tensor, "b hk c d"], Float[Tensor, "b hk c dv"]]:
+        """Keys and values each through their own map."""
+        return self.k_pool(k_blocks), self.v_pool(v_blocks)
+
+
+class MLPCompressor(_PerHead):
+    """The paper's phi: an MLP over the block's tokens with intra-block position embeddings, per KV head.
+
+    ``phi(x) = W2 . gelu(W1 . vec(x + e) + b1) + b2`` with ``x`` of ``compress_block`` tokens and ``e`` one learned
+    vector for each place in the block.
+
+    Args:
+        config: the geometry.
+        num_kv_heads: KV heads, each with its own parameters.
+        head_dim: key dim d.
+        value_dim: value dim dv; None for ``head_dim``.
+        hidden: hidden units of the MLP; None for the dim of what it compresses.
+    """
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        hidden: int | None = None,
+    ):
+        self.hidden = hidden
+        super().__init__(config, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+
+    def make_pool(self, heads: int, dim: int) -> nn.Module:
+        """The MLP of keys or of values."""
+        return _HeadMLP(heads, self.config.compress_block, dim, dim if self.hidden is None else self.hidden)
+
+
+class GatedPool(_PerHead):
+    """A weighted mean: each token's weight is a softmax over the block of a learned linear score plus a learned bias.
+
+    Args:
+        config: the geometry.
+        num_kv_heads: KV heads, each with its own parameters.
+        head_dim: key dim d.
+        value_dim: value dim dv; None for ``head_dim``.
+    """
+
+    def make_pool(self, heads: int, dim: int) -> nn.Module:
+        """The weighting of keys or of values."""
+        return _HeadWeights(heads, self.config.compress_block, dim)
+
+
+class LinearCompressor(_PerHead):
+    """A learned linear map of the whole block, as a convolution with stride: starts as the mean.
+
+    Args:
+        config: the geometry.
+        num_kv_heads: KV heads, each with its own kernel.
+        head_dim: key dim d.
+        value_dim: value dim dv; None for ``head_dim``.
+    """
+
+    def make_pool(self, heads: int, dim: int) -> nn.Module:
+        """The kernel of keys or of values."""
+        return _HeadConvolution(heads, self.config.compress_block, dim)
+
+
+class _HeadMLP(nn.Module):
+    def __init__(self, heads: int, length: int, dim: int, hidden: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(heads, 1, length, dim) * 0.02)
+        self.up = nn.Parameter(torch.randn(heads, length * dim, hidden) * (length * dim) ** -0.5)
+        self.up_bias = nn.Parameter(torch.zeros(heads, 1, hidden))
+        self.down = nn.Parameter(torch.randn(heads, hidden, dim) * hidden**-0.5)
+        self.down_bias = nn.Parameter(torch.zeros(heads, 1, dim))
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        flat = (blocks + self.position).flatten(-2)
+        hidden = nn.functional.gelu(flat @ self.up + self.up_bias)
+        return hidden @ self.down + self.down_bias
+
+
+class _HeadWeights(nn.Module):
+    def __init__(self, heads: int, length: int, dim: int):
+        super().__init__()
+        self.score = nn.Parameter(torch.zeros(heads, 1, dim, 1))
+        self.bias = nn.Parameter(torch.zeros(heads, 1, length, 1))
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        weights = (blocks @ self.score + self.bias).softmax(-2)
+        return (weights * blocks).sum(-2)
+
+
+class _HeadConvolution(nn.Module):
+    def __init__(self, heads: int, length: int, dim: int):
+        super().__init__()
+        self.kernel = nn.Parameter((torch.eye(dim) / length).repeat(heads, length, 1, 1))
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        return einsum(blocks, self.kernel, "b h c l d, h l d e -> b h c e")

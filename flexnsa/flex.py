@@ -1,0 +1,125 @@
+"""The FlexAttention engine: every branch is a block mask built from geometry, or from the selection's indices.
+
+On CUDA the call is compiled, once for the process; on a CPU FlexAttention runs eagerly and forward only, for parity.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from flexnsa_masks import and_masks, block_mask, key_range, selected
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attention
+
+from flexnsa.config import NSAConfig
+from flexnsa.layout import QueryTable
+from flexnsa.types import AttentionOutput, Selection
+
+
+def compressed_attention(
+    q: Float[Tensor, "b hq tq d"],
+    k_cmp: Float[Tensor, "b hk c d"],
+    v_cmp: Float[Tensor, "b hk c dv"],
+    table: QueryTable,
+    config: NSAConfig,
+    *,
+    scale: float,
+) -> AttentionOutput:
+    """Attention to the compressed tokens that end at or before the query (Eq. 7)."""
+    if k_cmp.shape[2] == 0:  # FlexAttention cannot index keys of length 0: one that nobody sees stands in.
+        k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 1)) for x in (k_cmp, v_cmp))
+    return _attend(q, k_cmp, v_cmp, key_range(*table.compressed_range(config)), scale)
+
+
+def window_attention(
+    q: Float[Tensor, "b hq tq d"],
+    k: Float[Tensor, "b hk tk d"],
+    v: Float[Tensor, "b hk tk dv"],
+    table: QueryTable,
+    config: NSAConfig,
+    *,
+    scale: float,
+) -> AttentionOutput:
+    """Attention to the last ``window`` keys (section 3.3.3)."""
+    return _attend(q, k, v, key_range(*table.window_range(config)), scale)
+
+
+def selected_attention(
+    q: Float[Tensor, "b hq tq d"],
+    k: Float[Tensor, "b hk tk d"],
+    v: Float[Tensor, "b hk tk dv"],
+    selection: Selection,
+    table: QueryTable,
+    config: NSAConfig,
+    *,
+    scale: float,
+) -> AttentionOutput:
+    """Attention to the causal tokens of the selected blocks (Eq. 11 and 12).
+
+    The heads of a group share their blocks, so they are folded into the query axis (row = token * g + head): a tile of
+    rows then spans few tokens, and the union of their blocks stays small.
+    """
+    group = q.shape[1] // k.shape[1]
+    member = selected(
+        selection.indices,
+        config.select_block,
+        num_blocks=config.num_blocks(k.shape[2]),
+        start=table.start if table.packed else None,
+        group=group,
+    )
+    causal = key_range(*table.causal_range(), group=group)
+    rows = rearrange(q, "b (hk g) t d -> b hk (t g) d", g=group)
+    out, lse = _attend(rows, k, v, and_masks(member, causal), scale, batch=k.shape[0], heads=k.shape[1])
+    return AttentionOutput(
+        rearrange(out, "b hk (t g) d -> b (hk g) t d", g=group), rearrange(lse, "b hk (t g) -> b (hk g) t", g=group)
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_mod: Callable[..., Tensor],
+    scale: float,
+    *,
+    batch: int | None = None,
+    heads: int | None = None,
+) -> AttentionOutput:
+    mask = block_mask(mask_mod, q_len=q.shape[2], kv_len=k.shape[2], batch=batch, heads=heads, device=q.device)
+    if not torch.is_grad_enabled():  # On a CPU FlexAttention refuses tensors that require grad even then.
+        q, k, v = q.detach(), k.detach(), v.detach()
+    out, aux = _attention_function(q)(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return AttentionOutput(out, aux.lse)
+
+
+def _attention_function(q: Tensor) -> Callable[..., tuple[Tensor, AuxOutput]]:
+    if torch.compiler.is_compiling():
+        return flex_attention
+    return _compiled_flex_attention() if q.device.type == "cuda" else _eager_flex_attention
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., tuple[Tensor, AuxOutput]]:
+    # At the first call, not on import: torch.compile loads triton and takes a second.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _eager_flex_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, AuxOutput]:
+    with warnings.catch_warnings():  # It says on each call that it is slow, which is why "auto" avoids it here.
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(*args, **kwargs)

@@ -1,0 +1,217 @@
+"""Where each query stands: its position, its document, and so the interval of keys that each branch lets it see.
+
+NSA's visibility is always one interval of keys a query, with packed documents too. Every engine builds its masks from
+the tables made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int, Int64
+from torch import Tensor
+
+from flexnsa.checks import values_are_checked
+from flexnsa.config import NSAConfig
+
+
+class KeyRange(NamedTuple):
+    """The keys ``first .. last`` (inclusive) that a query sees, int64 ``[b|1, tq]``; empty where last < first."""
+
+    first: Int64[Tensor, "b tq"]
+    last: Int64[Tensor, "b tq"]
+
+
+class QueryTable(NamedTuple):
+    """What the masks need to know of each query, int64 ``[b|1, tq]``.
+
+    Attributes:
+        position: absolute token number, -1 for a query that is padding.
+        start: first token of the query's document, 0 without documents.
+        offset: index of that document's first compressed token, 0 without documents.
+        packed: whether documents were given, so that start and offset may differ from 0.
+    """
+
+    position: Int64[Tensor, "b tq"]
+    start: Int64[Tensor, "b tq"]
+    offset: Int64[Tensor, "b tq"]
+    packed: bool
+
+    def causal_range(self) -> KeyRange:
+        """Tokens of the query's document up to itself."""
+        return KeyRange(self.start, self.position)
+
+    def window_range(self, config: NSAConfig) -> KeyRange:
+        """The last ``window`` tokens, the query's own included."""
+        return KeyRange(torch.maximum(self.start, self.position - config.window + 1), self.position)
+
+    def compressed_range(self, config: NSAConfig) -> KeyRange:
+        """Compressed tokens all of whose tokens are visible: those that end at or before the query."""
+        complete = (self.position - self.start + 1 - config.compress_block) // config.compress_stride + 1
+        return KeyRange(self.offset, self.offset + complete.clamp(min=0) - 1)
+
+    def slice(self, queries: slice) -> QueryTable:
+        """The table of some of the queries."""
+        return QueryTable(
+            self.position[:, queries], self.start[:, queries], self.offset[:, queries], packed=self.packed
+        )
+
+
+def documents_from_lengths(lengths: Sequence[int] | Sequence[Sequence[int]], tokens: int) -> Int64[Tensor, "b tk"]:
+    """Document ids of packed rows.
+
+    >>> documents_from_lengths([2, 3], 6)
+    tensor([[ 0,  0,  1,  1,  1, -1]])
+
+    Args:
+        lengths: tokens of each document, one list for a single row or one list a row.
+        tokens: tokens in a row. What the documents leave over is padding, id -1, on the right.
+
+    Returns:
+        int64 ``[b, tokens]``.
+
+    Raises:
+        ValueError: a length is below 1, or a row's lengths add up to more than ``tokens``.
+    """
+    rows = [lengths] if not lengths or isinstance(lengths[0], int) else lengths
+    return torch.stack([_document_row(list(row), tokens) for row in rows])  # type: ignore[arg-type]
+
+
+def _document_row(lengths: list[int], tokens: int) -> Tensor:
+    if any(length < 1 for length in lengths):
+        raise ValueError(f"lengths must be at least 1, got {lengths}; leave empty documents out")
+    if sum(lengths) > tokens:
+        raise ValueError(f"lengths must add up to at most tokens={tokens}, got {lengths}, {sum(lengths)} in all")
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    return F.pad(ids, (0, tokens - sum(lengths)), value=-1)
+
+
+def query_table(
+    q: Tensor,
+    config: NSAConfig,
+    *,
+    num_tokens: int | None,
+    positions: Int[Tensor, "*b tq"] | None = None,
+    documents: Int[Tensor, "b tk"] | None = None,
+) -> QueryTable:
+    """The table of the queries of ``q`` ``[b, hq, tq, d]``.
+
+    Args:
+        q: queries; only the shape and device are read.
+        config: the geometry.
+        num_tokens: tk, or None where the caller cannot know it (compressed keys alone do not fix it).
+        positions: int64 ``[tq]`` or ``[b, tq]``, strictly increasing, in ``0 .. tk-1``; None for ``0 .. tk-1``.
+        documents: int ``[b, tk]``, non-decreasing ids, -1 for padding on either side.
+
+    Raises:
+        ValueError: positions or documents do not fit.
+    """
+    if documents is not None:
+        num_tokens = _check_documents(documents, q, num_tokens)
+    position = _resolve_positions(positions, q, num_tokens)
+    if documents is None:
+        zero = torch.zeros_like(position)
+        return QueryTable(position, zero, zero, packed=False)
+    # Indices out of range are refused above where values may be read; elsewhere they must at least stay in memory.
+    at = position.clamp(0, documents.shape[1] - 1).expand(documents.shape[0], -1)
+    real = documents.gather(1, at) >= 0
+    start = document_starts(documents)
+    begins = _complete_blocks(documents, start, config).long()
+    offset = (begins.cumsum(1) - begins).gather(1, start)
+    return QueryTable(
+        position.masked_fill(~real, -1),
+        start.gather(1, at).masked_fill(~real, 0),
+        offset.gather(1, at).masked_fill(~real, 0),
+        packed=True,
+    )
+
+
+def document_starts(documents: Int[Tensor, "b tk"]) -> Int64[Tensor, "b tk"]:
+    """For each token the first token of its document."""
+    index = torch.arange(documents.shape[1], device=documents.device)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return torch.where(begins, index, 0).cummax(1).values
+
+
+def compressed_starts(documents: Int[Tensor, "b tk"] | None, config: NSAConfig) -> Int64[Tensor, "b c"] | None:
+    """First token of each compressed token, packed left, -1 in the unused tail; None (i * stride) without documents."""
+    if documents is None:
+        return None
+    batch, tokens = documents.shape
+    begins = _complete_blocks(documents, document_starts(documents), config)
+    count = config.num_compressed(tokens)
+    # Tokens that begin no block are written to one slot past the end, which is then cut off.
+    slot = torch.where(begins, begins.cumsum(1) - 1, count)
+    index = torch.arange(tokens, device=documents.device).expand(batch, -1)
+    starts = torch.full((batch, count + 1), -1, dtype=torch.int64, device=documents.device)
+    return starts.scatter(1, slot, index)[:, :count]
+
+
+def _complete_blocks(documents: Tensor, start: Tensor, config: NSAConfig) -> Tensor:
+    """Which tokens begin a compression block that lies wholly in their document."""
+    tokens = documents.shape[1]
+    index = torch.arange(tokens, device=documents.device)
+    end = index + config.compress_block - 1
+    same = documents[:, end.clamp(max=tokens - 1)] == documents
+    return same & (end < tokens) & (documents >= 0) & ((index - start) % config.compress_stride == 0)
+
+
+def _resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | None) -> Tensor:
+    batch, queries = q.shape[0], q.shape[2]
+    if positions is None:
+        if num_tokens is not None and num_tokens != queries:
+            raise ValueError(
+                f"positions is None, which needs as many queries as KV tokens, got tq={queries} and tk={num_tokens}; "
+                f"pass positions=, the absolute position of each query"
+            )
+        return torch.arange(queries, device=q.device)[None]
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"positions must be int64, got {positions.dtype}; convert it with .long()")
+    if positions.shape not in ((queries,), (1, queries), (batch, queries)):
+        raise ValueError(
+            f"positions must be [tq] = ({queries},) or [b, tq] = ({batch}, {queries}), got {tuple(positions.shape)}"
+        )
+    if positions.device != q.device:
+        raise ValueError(f"positions must be on q's device {q.device}, got {positions.device}; move it with .to()")
+    if values_are_checked(positions):
+        _check_position_values(positions, num_tokens)
+    return positions.reshape(-1, queries).long()
+
+
+def _check_position_values(positions: Tensor, num_tokens: int | None) -> None:
+    if (positions.diff(dim=-1) <= 0).any():
+        raise ValueError(f"positions must be strictly increasing, got {positions.tolist()}; sort the queries")
+    low, high = int(positions.min()), int(positions.max())
+    if low < 0 or (num_tokens is not None and high >= num_tokens):
+        raise ValueError(
+            f"positions must lie in 0 .. tk-1 = {'tk-1' if num_tokens is None else num_tokens - 1}, got {low} .. {high}; "
+            f"every query is one of the KV tokens"
+        )
+
+
+def _check_documents(documents: Tensor, q: Tensor, num_tokens: int | None) -> int:
+    if documents.is_floating_point() or documents.dtype == torch.bool:
+        raise ValueError(f"documents must be integer ids, got {documents.dtype}; convert it with .long()")
+    tokens = documents.shape[-1] if num_tokens is None else num_tokens
+    if documents.shape != (q.shape[0], tokens):
+        raise ValueError(
+            f"documents must be [b, tk] = {(q.shape[0], tokens)}, one id a KV token, got {tuple(documents.shape)}"
+        )
+    if documents.device != q.device:
+        raise ValueError(f"documents must be on q's device {q.device}, got {documents.device}; move it with .to()")
+    if values_are_checked(documents):
+        _check_document_values(documents)
+    return tokens
+
+
+def _check_document_values(documents: Tensor) -> None:
+    if (documents < -1).any():
+        raise ValueError(f"documents must be ids >= 0, or -1 for padding, got {int(documents.min())}; renumber them")
+    real = documents >= 0
+    if ((real.int().diff(dim=1) == 1).sum(1) + real[:, 0] > 1).any():
+        raise ValueError("documents has padding (-1) between documents, expected on either side only; pack it tightly")
+    if (documents.masked_fill(~real, 0).diff(dim=1) < 0)[real[:, 1:] & real[:, :-1]].any():
+        raise ValueError("documents must be non-decreasing within a row; sort the documents by id")

@@ -1,0 +1,88 @@
+"""Native Sparse Attention as one function: the paper's section 3 on a screen."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flexnsa import checks
+from flexnsa.compressed import compressed_attention
+from flexnsa.compression import Compressor, compress
+from flexnsa.config import NSAConfig
+from flexnsa.engines import Impl
+from flexnsa.gating import combine
+from flexnsa.selected import selected_attention
+from flexnsa.selection import select_blocks
+from flexnsa.types import BranchKV, Selection
+from flexnsa.window import window_attention
+
+
+def native_sparse_attention(
+    q: Float[Tensor, "b hq tq d"],
+    kv: BranchKV,
+    gates: Float[Tensor, "b hq tq 3"],
+    config: NSAConfig,
+    compressor: Compressor | None,
+    *,
+    scale: float | None = None,
+    positions: Int[Tensor, "*b tq"] | None = None,
+    documents: Int[Tensor, "b tk"] | None = None,
+    selection: Selection | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "b hq tq dv"]:
+    """Compressed, selected and window attention, mixed by gates.
+
+    >>> import torch
+    >>> from flexnsa import MeanPool
+    >>> config = NSAConfig()
+    >>> q, k, v = torch.randn(1, 8, 100, 64), torch.randn(1, 2, 100, 64), torch.randn(1, 2, 100, 64)
+    >>> gates = torch.rand(1, 8, 100, 3)
+    >>> native_sparse_attention(q, BranchKV.shared(k, v), gates, config, MeanPool(config)).shape
+    torch.Size([1, 8, 100, 64])
+
+    Args:
+        q: queries ``[b, hq, tq, d]``.
+        kv: keys ``[b, hk, tk, d]`` and values ``[b, hk, tk, dv]`` of each branch; ``hq`` is a multiple of ``hk``.
+        gates: ``[b, hq, tq, 3]``, values, not logits, in the order compressed, selected, window.
+        config: the geometry.
+        compressor: makes compressed tokens of ``kv.compressed``; None where that holds compressed tokens already.
+        scale: softmax scale of every branch, None for ``d ** -0.5``.
+        positions: int64 ``[tq]`` or ``[b, tq]``, strictly increasing absolute positions of the queries among the KV
+            tokens; None where ``tq == tk``.
+        documents: int ``[b, tk]``, non-decreasing document ids of packed rows, -1 for padding, which outputs 0.
+        selection: blocks to attend to instead of the most important ones: replays a choice.
+        impl: ``"auto"``, ``"triton"``, ``"flex"`` or ``"reference"``.
+
+    Returns:
+        ``[b, hq, tq, dv]`` in q's dtype.
+
+    Raises:
+        ValueError: the arguments do not fit one another.
+        NotImplementedError: the engine asked for cannot run this call.
+    """
+    _check(q, kv, gates)
+    options = {"scale": scale, "positions": positions, "documents": documents, "impl": impl}
+    num_tokens = kv.selected[0].shape[2]
+
+    k_cmp, v_cmp = compress(compressor, *kv.compressed, config, documents=documents)
+    compressed = compressed_attention(q, k_cmp, v_cmp, config, **options)
+    if selection is None:
+        selection = select_blocks(q, k_cmp, compressed.lse, config, num_tokens=num_tokens, **options)
+    selected = selected_attention(q, *kv.selected, selection, config, **options)
+    window = window_attention(q, *kv.window, config, **options)
+    return combine(gates, (compressed.out, selected.out, window.out))
+
+
+def _check(q: Tensor, kv: BranchKV, gates: Tensor) -> None:
+    checks.check_qkv(q, *kv.selected)
+    checks.check_qkv(q, *kv.window)
+    checks.check_qkv(q, *kv.compressed)
+    checks.check_gates(gates, q, branches=3)
+    if kv.window[0].shape[2] != kv.selected[0].shape[2]:
+        raise ValueError(
+            f"kv.window and kv.selected must have as many tokens, got {kv.window[0].shape[2]} and "
+            f"{kv.selected[0].shape[2]}; project both from the same sequence"
+        )
+    dims = {name: pair[1].shape[3] for name, pair in kv._asdict().items()}
+    if len(set(dims.values())) > 1:
+        raise ValueError(f"the branches' value dims must agree, got {dims}; their outputs are summed")

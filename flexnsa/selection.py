@@ -1,0 +1,57 @@
+"""Which blocks each query group attends to (paper, Eq. 11)."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flexnsa import checks, engines, reference
+from flexnsa.config import NSAConfig
+from flexnsa.importance import check_scoring
+from flexnsa.layout import query_table
+from flexnsa.types import Selection
+
+
+def select_blocks(
+    q: Float[Tensor, "b hq tq d"],
+    k_cmp: Float[Tensor, "b hk c d"],
+    lse: Float[Tensor, "b hq tq"],
+    config: NSAConfig,
+    *,
+    num_tokens: int,
+    scale: float | None = None,
+    positions: Int[Tensor, "*b tq"] | None = None,
+    documents: Int[Tensor, "b tk"] | None = None,
+    impl: engines.Impl = "auto",
+) -> Selection:
+    """The forced blocks and the most important others, one choice for all heads of a KV group.
+
+    Forced are the first ``num_initial`` and the last ``num_local`` blocks. The others follow by importance descending,
+    then block index ascending; NaN ranks last. A block that starts after the query is never chosen. Carries no gradient.
+
+    Args:
+        q: queries ``[b, hq, tq, d]``.
+        k_cmp: compressed keys ``[b, hk, c, d]``.
+        lse: the compressed branch's LSE ``[b, hq, tq]``.
+        config: the geometry.
+        num_tokens: KV tokens tk.
+        scale: softmax scale of the compressed branch, None for ``d ** -0.5``.
+        positions: int64 ``[tq]`` or ``[b, tq]``, None for ``0 .. tk-1``.
+        documents: int ``[b, tk]``, -1 for padding; block ids then count from the document's start.
+        impl: the engine; ``flex`` scores in plain torch, a chunk of queries at a time, as ``reference`` does.
+
+    Returns:
+        ``Selection(indices)``, int32 ``[b, hk, tq, num_selected]``, ascending, left-packed, padded with -1.
+
+    Raises:
+        ValueError: the arguments do not fit one another.
+        NotImplementedError: the engine asked for cannot run this call.
+    """
+    check_scoring(q, k_cmp, lse, config, num_tokens)
+    scale = checks.resolve_scale(scale, q.shape[-1])
+    table = query_table(q, config, num_tokens=num_tokens, positions=positions, documents=documents)
+    q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
+    engines.choose(impl, "selection", q, k_cmp)
+    return reference.select_blocks(
+        q, k_cmp, lse, table, config, num_blocks=config.num_blocks(num_tokens), scale=scale
+    )

@@ -1,0 +1,50 @@
+"""The sliding window branch (paper, section 3.3.3)."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flexnsa import checks, engines, flex, reference
+from flexnsa.config import NSAConfig
+from flexnsa.layout import query_table
+from flexnsa.types import AttentionOutput
+
+
+def window_attention(
+    q: Float[Tensor, "b hq tq d"],
+    k: Float[Tensor, "b hk tk d"],
+    v: Float[Tensor, "b hk tk dv"],
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    positions: Int[Tensor, "*b tq"] | None = None,
+    documents: Int[Tensor, "b tk"] | None = None,
+    impl: engines.Impl = "auto",
+) -> AttentionOutput:
+    """Attention of the query at position t to keys ``t - window + 1 .. t``: exactly ``window`` keys, its own included.
+
+    Args:
+        q: queries ``[b, hq, tq, d]``.
+        k: keys ``[b, hk, tk, d]``; ``hq`` is a multiple of ``hk``.
+        v: values ``[b, hk, tk, dv]``.
+        config: the geometry.
+        scale: softmax scale, None for ``d ** -0.5``.
+        positions: int64 ``[tq]`` or ``[b, tq]``, absolute positions of the queries, None for ``0 .. tk-1``.
+        documents: int ``[b, tk]``, document of each KV token, -1 for padding.
+        impl: the engine.
+
+    Returns:
+        ``AttentionOutput(out, lse)``.
+
+    Raises:
+        ValueError: the arguments do not fit one another.
+        NotImplementedError: the engine asked for cannot run this call.
+    """
+    checks.check_qkv(q, k, v)
+    checks.check_not_empty("k", k, "b hk tk d")
+    scale = checks.resolve_scale(scale, q.shape[-1])
+    table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents)
+    if engines.choose(impl, "window", q, k, v).engine == "flex":
+        return flex.window_attention(q, k, v, table, config, scale=scale)
+    return reference.window_attention(q, k, v, table, config, scale=scale, ordered=positions is None)
