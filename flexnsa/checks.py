@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def check_tensor(name: str, x: object, axes: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor [{axes.replace(' ', ', ')}], got {type(x).__name__}")
     if x.ndim != len(axes.split()):
-        raise ValueError(f"{name} must have the {len(axes.split())} axes [{axes}], got shape {tuple(x.shape)}; reshape it")
+        raise ValueError(f"{name} must have the axes [{axes}], got shape {tuple(x.shape)}; reshape it")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it, e.g. {name}.float()")
 
@@ -78,10 +79,14 @@ def check_qk(q: Tensor, k: Tensor, k_name: str = "k", *, k_axis: str = "tk") -> 
         raise ValueError(f"{k_name} must have q's key dim {q.shape[3]}, got {k.shape[3]}; project both to one size")
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, suffix: str = "", k_axis: str = "tk") -> None:
-    """Queries, keys and values fit one another. ``suffix`` completes the names, as in ``k_cmp``."""
-    k_name, v_name = f"k{suffix}", f"v{suffix}"
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str] = ("k", "v"), *, k_axis: Literal["tk", "c"] = "tk"
+) -> None:
+    """Queries, keys and values fit one another. Raw tokens (axis tk) are never empty; compressed ones (c) may be."""
+    k_name, v_name = names
     check_qk(q, k, k_name, k_axis=k_axis)
+    if k_axis == "tk":
+        check_not_empty(k_name, k, "b hk tk d")
     check_tensor(v_name, v, f"b hk {k_axis} dv")
     check_like(v_name, v, "q", q)
     if v.shape[:3] != k.shape[:3]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ class AttentionContext:
     attended: dict[str, KV] = field(default_factory=dict)
     branch: str = ""
     _selection: Selection | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that every stage function takes: positions, documents and impl."""
+        return {"positions": self.positions, "documents": self.documents, "impl": self.impl}
 
     @property
     def selection(self) -> Selection:
@@ -103,16 +108,7 @@ class CompressedBranch(nn.Module):
         """See ``compressed_attention``."""
         k, v = compress(self.compressor, k, v, self.config, documents=context.documents)
         context.attended[context.branch] = (k, v)
-        return compressed_attention(
-            q,
-            k,
-            v,
-            self.config,
-            scale=self.scale,
-            positions=context.positions,
-            documents=context.documents,
-            impl=context.impl,
-        )
+        return compressed_attention(q, k, v, self.config, scale=self.scale, **context.options)
 
 
 class SelectedBranch(nn.Module):
@@ -124,17 +120,7 @@ class SelectedBranch(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
         """See ``selected_attention``."""
-        return selected_attention(
-            q,
-            k,
-            v,
-            context.selection,
-            self.config,
-            scale=self.scale,
-            positions=context.positions,
-            documents=context.documents,
-            impl=context.impl,
-        )
+        return selected_attention(q, k, v, context.selection, self.config, scale=self.scale, **context.options)
 
 
 class WindowBranch(nn.Module):
@@ -146,16 +132,7 @@ class WindowBranch(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
         """See ``window_attention``."""
-        return window_attention(
-            q,
-            k,
-            v,
-            self.config,
-            scale=self.scale,
-            positions=context.positions,
-            documents=context.documents,
-            impl=context.impl,
-        )
+        return window_attention(q, k, v, self.config, scale=self.scale, **context.options)
 
 
 class ImportanceSelector(nn.Module):
@@ -181,9 +158,7 @@ class ImportanceSelector(nn.Module):
             self.config,
             num_tokens=context.num_tokens,
             scale=self.scale,
-            positions=context.positions,
-            documents=context.documents,
-            impl=context.impl,
+            **context.options,
         )
 
 

@@ -43,11 +43,9 @@ def compressed_attention(
         ValueError: the arguments do not fit one another.
         NotImplementedError: the engine asked for cannot run this call.
     """
-    checks.check_qkv(q, k_cmp, v_cmp, suffix="_cmp", k_axis="c")
+    checks.check_qkv(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), k_axis="c")
     scale = checks.resolve_scale(scale, q.shape[-1])
     table = query_table(q, config, num_tokens=None, positions=positions, documents=documents)
     if engines.choose(impl, "compressed", q, k_cmp, v_cmp).engine == "flex":
         return flex.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale)
-    return reference.compressed_attention(
-        q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None
-    )
+    return reference.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None)

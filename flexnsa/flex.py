@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from flexnsa_masks import and_masks, block_mask, key_range, selected
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attention
@@ -21,6 +20,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attent
 from flexnsa.config import NSAConfig
 from flexnsa.layout import QueryTable
 from flexnsa.types import AttentionOutput, Selection
+from flexnsa_masks import and_masks, block_mask, key_range, selected
 
 
 def compressed_attention(
@@ -104,6 +104,7 @@ def _attend(
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True),
     )
+    assert aux.lse is not None
     return AttentionOutput(out, aux.lse)
 
 

@@ -23,8 +23,8 @@ def block_importance(
 ) -> Float[Tensor, "b hk tq s"]:
     """Importance of every block, for inspection and tests: the whole ``tq x s`` table, which selection never stores.
 
-    Block j's importance is ``sum_i p_cmp[i] * overlap(i, j) / stride``, summed over the heads of the group, where overlap
-    counts the tokens that compressed token i shares with block j.
+    Block j's importance is ``sum_i p_cmp[i] * overlap(i, j) / stride``, summed over the heads of the group, where
+    overlap counts the tokens that compressed token i shares with block j.
 
     Args:
         q: queries ``[b, hq, tq, d]``.

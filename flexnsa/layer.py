@@ -14,7 +14,7 @@ from flexnsa.compression import Compressor, MLPCompressor, compress
 from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
 from flexnsa.gating import SigmoidGate
-from flexnsa.layout import compressed_starts, document_starts
+from flexnsa.layout import check_documents, compressed_starts, document_starts
 from flexnsa.rotary import rotate
 from flexnsa.types import KV, BranchKV
 
@@ -72,8 +72,8 @@ class NativeSparseAttention(nn.Module):
         self.config, self.rope_theta = config, rope_theta
         projections = ("shared",) if shared_kv else BRANCHES
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.k_proj = nn.ModuleDict({name: nn.Linear(dim, num_kv_heads * head_dim, bias=False) for name in projections})
-        self.v_proj = nn.ModuleDict({name: nn.Linear(dim, num_kv_heads * value_dim, bias=False) for name in projections})
+        self.k_proj = _projections(projections, dim, num_kv_heads * head_dim)
+        self.v_proj = _projections(projections, dim, num_kv_heads * value_dim)
         self.o_proj = nn.Linear(num_heads * value_dim, dim, bias=False)
         self.q_norm = _HeadNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.ModuleDict({name: _HeadNorm(head_dim) if qk_norm else nn.Identity() for name in BRANCHES})
@@ -81,11 +81,7 @@ class NativeSparseAttention(nn.Module):
             compressor = MLPCompressor(config, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
         self.compressor = compressor
         self.attention = SparseAttention(
-            {
-                "compressed": CompressedBranch(config),
-                "selected": SelectedBranch(config),
-                "window": WindowBranch(config),
-            },
+            dict(zip(BRANCHES, (CompressedBranch(config), SelectedBranch(config), WindowBranch(config)), strict=True)),
             gate=SigmoidGate(dim, num_heads, len(BRANCHES)),
             selector=ImportanceSelector(config),
             impl=impl,
@@ -118,20 +114,18 @@ class NativeSparseAttention(nn.Module):
         With the gates ``layer.attention.gate(x)`` these are the arguments of ``native_sparse_attention``.
         """
         _check_input(x, self.q_proj.in_features)
+        if documents is not None:
+            check_documents(documents, x, x.shape[1])
         position, block_end = self._positions(x, documents)
-        q = self._place(self.q_norm(self._heads(self.q_proj(x))), position)
+        q = self._place(self.q_norm(_heads(self.q_proj(x), self.head_dim)), position)
         raw = {name: self._key_value(name, x) for name in self.k_proj}
-        kv = {name: raw.get(name, raw.get("shared")) for name in BRANCHES}
-        kv["compressed"] = compress(self.compressor, *kv["compressed"], self.config, documents=documents)
-        place = {"compressed": block_end, "selected": position, "window": position}
-        return q, BranchKV(**{n: (self._place(self.k_norm[n](k), place[n]), v) for n, (k, v) in kv.items()})
+        compressed, selected, window = (raw[name] if name in raw else raw["shared"] for name in BRANCHES)
+        compressed = compress(self.compressor, *compressed, self.config, documents=documents)
+        kv = zip(BRANCHES, (compressed, selected, window), (block_end, position, position), strict=True)
+        return q, BranchKV(*((self._place(self.k_norm[name](k), at), v) for name, (k, v), at in kv))
 
     def _key_value(self, name: str, x: Tensor) -> KV:
-        k, v = self.k_proj[name](x), self.v_proj[name](x)
-        return self._heads(k), rearrange(v, "b t (h d) -> b h t d", d=self.value_dim)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b t (h d) -> b h t d", d=self.head_dim)
+        return _heads(self.k_proj[name](x), self.head_dim), _heads(self.v_proj[name](x), self.value_dim)
 
     def _place(self, x: Tensor, position: Tensor) -> Tensor:
         return x if self.rope_theta is None else rotate(x, position, self.rope_theta)
@@ -146,6 +140,14 @@ class NativeSparseAttention(nn.Module):
             return token, torch.arange(count, device=x.device)[None] * self.config.compress_stride + last
         begins = document_starts(documents)
         return token - begins, starts - begins.gather(1, starts.clamp(min=0)) + last
+
+
+def _projections(names: tuple[str, ...], dim: int, width: int) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(dim, width, bias=False) for name in names})
+
+
+def _heads(x: Tensor, dim: int) -> Tensor:
+    return rearrange(x, "b t (h d) -> b h t d", d=dim)
 
 
 class _HeadNorm(nn.RMSNorm):
@@ -170,7 +172,7 @@ def _check_sizes(
             f"num_heads must be a multiple of num_kv_heads, got num_heads={num_heads} and num_kv_heads={num_kv_heads}"
         )
     if rope_theta is not None and head_dim % 2:
-        raise ValueError(f"head_dim must be even for a rotary embedding, got {head_dim}; raise it or pass rope_theta=None")
+        raise ValueError(f"head_dim must be even for a rotary embedding, got {head_dim}; raise it")
     if rope_theta is not None and not rope_theta > 0:
         raise ValueError(f"rope_theta must be above 0, got {rope_theta}; pass None for no rotary embedding")
 

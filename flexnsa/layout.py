@@ -110,7 +110,8 @@ def query_table(
         ValueError: positions or documents do not fit.
     """
     if documents is not None:
-        num_tokens = _check_documents(documents, q, num_tokens)
+        num_tokens = documents.shape[-1] if num_tokens is None else num_tokens
+        check_documents(documents, q, num_tokens)
     position = _resolve_positions(positions, q, num_tokens)
     if documents is None:
         zero = torch.zeros_like(position)
@@ -127,6 +128,25 @@ def query_table(
         offset.gather(1, at).masked_fill(~real, 0),
         packed=True,
     )
+
+
+def check_documents(documents: Int[Tensor, "b tk"], like: Tensor, num_tokens: int) -> None:
+    """The ids fit ``num_tokens`` KV tokens, and the batch (first axis) and device of ``like``.
+
+    Raises:
+        ValueError: wrong dtype, shape or device, or ids out of order (read on a CPU, or inside ``debug()``).
+    """
+    if documents.is_floating_point() or documents.dtype == torch.bool:
+        raise ValueError(f"documents must be integer ids, got {documents.dtype}; convert it with .long()")
+    if documents.shape != (like.shape[0], num_tokens):
+        raise ValueError(
+            f"documents must be [b, tk] = {(like.shape[0], num_tokens)}, one id a KV token, got "
+            f"{tuple(documents.shape)}; documents_from_lengths makes them"
+        )
+    if documents.device != like.device:
+        raise ValueError(f"documents must be on {like.device}, got {documents.device}; move it with .to()")
+    if values_are_checked(documents):
+        _check_document_values(documents)
 
 
 def document_starts(documents: Int[Tensor, "b tk"]) -> Int64[Tensor, "b tk"]:
@@ -187,24 +207,9 @@ def _check_position_values(positions: Tensor, num_tokens: int | None) -> None:
     low, high = int(positions.min()), int(positions.max())
     if low < 0 or (num_tokens is not None and high >= num_tokens):
         raise ValueError(
-            f"positions must lie in 0 .. tk-1 = {'tk-1' if num_tokens is None else num_tokens - 1}, got {low} .. {high}; "
+            f"positions must lie in 0 .. {'tk-1' if num_tokens is None else num_tokens - 1}, got {low} .. {high}; "
             f"every query is one of the KV tokens"
         )
-
-
-def _check_documents(documents: Tensor, q: Tensor, num_tokens: int | None) -> int:
-    if documents.is_floating_point() or documents.dtype == torch.bool:
-        raise ValueError(f"documents must be integer ids, got {documents.dtype}; convert it with .long()")
-    tokens = documents.shape[-1] if num_tokens is None else num_tokens
-    if documents.shape != (q.shape[0], tokens):
-        raise ValueError(
-            f"documents must be [b, tk] = {(q.shape[0], tokens)}, one id a KV token, got {tuple(documents.shape)}"
-        )
-    if documents.device != q.device:
-        raise ValueError(f"documents must be on q's device {q.device}, got {documents.device}; move it with .to()")
-    if values_are_checked(documents):
-        _check_document_values(documents)
-    return tokens
 
 
 def _check_document_values(documents: Tensor) -> None:

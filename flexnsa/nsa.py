@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from flexnsa.compression import Compressor, compress
 from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
 from flexnsa.gating import combine
+from flexnsa.layout import check_documents
 from flexnsa.selected import selected_attention
 from flexnsa.selection import select_blocks
 from flexnsa.types import BranchKV, Selection
@@ -60,8 +63,8 @@ def native_sparse_attention(
         ValueError: the arguments do not fit one another.
         NotImplementedError: the engine asked for cannot run this call.
     """
-    _check(q, kv, gates)
-    options = {"scale": scale, "positions": positions, "documents": documents, "impl": impl}
+    _check(q, kv, gates, compressor, documents)
+    options: dict[str, Any] = {"scale": scale, "positions": positions, "documents": documents, "impl": impl}
     num_tokens = kv.selected[0].shape[2]
 
     k_cmp, v_cmp = compress(compressor, *kv.compressed, config, documents=documents)
@@ -73,11 +76,13 @@ def native_sparse_attention(
     return combine(gates, (compressed.out, selected.out, window.out))
 
 
-def _check(q: Tensor, kv: BranchKV, gates: Tensor) -> None:
-    checks.check_qkv(q, *kv.selected)
-    checks.check_qkv(q, *kv.window)
-    checks.check_qkv(q, *kv.compressed)
+def _check(q: Tensor, kv: BranchKV, gates: Tensor, compressor: Compressor | None, documents: Tensor | None) -> None:
+    for name, (k, v) in kv._asdict().items():
+        axis: Literal["c", "tk"] = "c" if name == "compressed" and compressor is None else "tk"
+        checks.check_qkv(q, k, v, (f"kv.{name}[0]", f"kv.{name}[1]"), k_axis=axis)
     checks.check_gates(gates, q, branches=3)
+    if documents is not None:
+        check_documents(documents, q, kv.selected[0].shape[2])
     if kv.window[0].shape[2] != kv.selected[0].shape[2]:
         raise ValueError(
             f"kv.window and kv.selected must have as many tokens, got {kv.window[0].shape[2]} and "

@@ -129,7 +129,7 @@ def block_importance(
     num_blocks: int,
     scale: float,
 ) -> Float[Tensor, "b hk tq s"]:
-    """Importance of each block: the compressed branch's probabilities, by shared tokens, over the group (Eq. 8 to 10)."""
+    """The compressed branch's probabilities, counted by shared tokens, summed over the group (Eq. 8 to 10)."""
     heads, keys = k_cmp.shape[1:3]
     if keys == 0:
         return q.new_zeros(q.shape[0], heads, q.shape[2], num_blocks, dtype=_accumulator(q))
@@ -197,11 +197,14 @@ def _overlap_sum(p_cmp: Tensor, config: NSAConfig, num_blocks: int) -> Tensor:
     length, stride, block = config.compress_block, config.compress_stride, config.select_block
     step, before = block // stride, length // stride - 1
     padded = F.pad(p_cmp, (before, max(0, num_blocks * step - p_cmp.shape[-1])))
-    total = torch.zeros_like(p_cmp[..., :1]).expand(*p_cmp.shape[:-1], num_blocks)
+    zero = torch.zeros_like(p_cmp[..., :1]).expand(*p_cmp.shape[:-1], num_blocks)
+    # By overlap, so that a block cut on its left and one cut on its right tie exactly where their probabilities do.
+    by_overlap: dict[int, Tensor] = {}
     for shift in range(-before, step):
         overlap = min(shift * stride + length, block) - max(shift * stride, 0)
-        total = total + padded[..., shift + before :: step][..., :num_blocks] * (overlap / stride)
-    return total
+        part = padded[..., shift + before :: step][..., :num_blocks]
+        by_overlap[overlap] = by_overlap.get(overlap, zero) + part
+    return sum((part * (overlap / stride) for overlap, part in by_overlap.items()), start=zero)
 
 
 def _from_document_start(p_cmp: Tensor, offset: Tensor) -> Tensor:
@@ -212,9 +215,7 @@ def _from_document_start(p_cmp: Tensor, offset: Tensor) -> Tensor:
     return local.where(index < keys, 0)
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, reach: Reach | None
-) -> AttentionOutput:
+def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, reach: Reach | None) -> AttentionOutput:
     """Masked softmax attention, chunked over the queries."""
     dtype = _accumulator(q)
     (k, k_bad), (v, v_bad) = _quarantine(k.to(dtype)), _quarantine(v.to(dtype))

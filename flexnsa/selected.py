@@ -45,7 +45,6 @@ def selected_attention(
         NotImplementedError: the engine asked for cannot run this call.
     """
     checks.check_qkv(q, k, v)
-    checks.check_not_empty("k", k, "b hk tk d")
     check_selection(selection, q, k, config)
     scale = checks.resolve_scale(scale, q.shape[-1])
     table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents)
@@ -63,7 +62,7 @@ def check_selection(selection: Selection, q: Tensor, k: Tensor, config: NSAConfi
     if indices.dtype != torch.int32:
         raise ValueError(f"selection.indices must be int32, got {indices.dtype}; convert it with .int()")
     if indices.device != q.device:
-        raise ValueError(f"selection.indices must be on q's device {q.device}, got {indices.device}; move it with .to()")
+        raise ValueError(f"selection.indices must be on q's device {q.device}, got {indices.device}; move it")
     if checks.values_are_checked(indices):
         _check_index_values(indices, config.num_blocks(k.shape[2]))
 
@@ -76,6 +75,4 @@ def _check_index_values(indices: Tensor, num_blocks: int) -> None:
         )
     left, right = indices[..., :-1], indices[..., 1:]
     if not ((right == -1) | ((left >= 0) & (left < right))).all():
-        raise ValueError(
-            "selection.indices must be ascending without repeats, with padding (-1) at the end; sort each query's blocks"
-        )
+        raise ValueError("selection.indices must be ascending without repeats, with padding (-1) at the end; sort them")

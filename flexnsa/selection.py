@@ -27,7 +27,7 @@ def select_blocks(
     """The forced blocks and the most important others, one choice for all heads of a KV group.
 
     Forced are the first ``num_initial`` and the last ``num_local`` blocks. The others follow by importance descending,
-    then block index ascending; NaN ranks last. A block that starts after the query is never chosen. Carries no gradient.
+    then block index ascending; NaN ranks last. A block that starts after the query is never chosen. No gradient.
 
     Args:
         q: queries ``[b, hq, tq, d]``.
@@ -52,6 +52,4 @@ def select_blocks(
     table = query_table(q, config, num_tokens=num_tokens, positions=positions, documents=documents)
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
     engines.choose(impl, "selection", q, k_cmp)
-    return reference.select_blocks(
-        q, k_cmp, lse, table, config, num_blocks=config.num_blocks(num_tokens), scale=scale
-    )
+    return reference.select_blocks(q, k_cmp, lse, table, config, num_blocks=config.num_blocks(num_tokens), scale=scale)

@@ -42,7 +42,6 @@ def window_attention(
         NotImplementedError: the engine asked for cannot run this call.
     """
     checks.check_qkv(q, k, v)
-    checks.check_not_empty("k", k, "b hk tk d")
     scale = checks.resolve_scale(scale, q.shape[-1])
     table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents)
     if engines.choose(impl, "window", q, k, v).engine == "flex":

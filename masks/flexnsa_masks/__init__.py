@@ -1,0 +1,55 @@
+"""FlexAttention mask mods and score mods, one pattern a file, needing torch alone.
+
+Every factory returns a plain function that `flex_attention`, `create_mask` and torch's own `and_masks` take. Mask mods
+carry their tile geometry besides, from which `block_mask` builds a BlockMask without evaluating every pair.
+
+- Patterns of positions: `causal`, `sliding_window`, `compressed`, `prefix`, `sink`, `dilated`.
+- Patterns generated from tables: `document`, `key_range`, `selected`.
+- Masks from masks: `and_masks`, `or_masks`, `at_positions`; the BlockMask: `block_mask`.
+- A pattern of your own: `with_tiles`, `Grid`, `Tiles`, `interval_tiles`, `tiles_of`.
+- Score mods: `alibi`, `soft_cap`, `compose_score_mods`.
+"""
+
+from flexnsa_masks.alibi import alibi
+from flexnsa_masks.block_mask import block_mask
+from flexnsa_masks.causal import causal
+from flexnsa_masks.compose import and_masks, or_masks
+from flexnsa_masks.compressed import compressed
+from flexnsa_masks.dilated import dilated
+from flexnsa_masks.document import document
+from flexnsa_masks.geometry import Grid, MaskMod, TileGeometry, Tiles, interval_tiles, tiles_of, with_tiles
+from flexnsa_masks.key_range import key_range
+from flexnsa_masks.positions import at_positions
+from flexnsa_masks.prefix import prefix
+from flexnsa_masks.score import ScoreMod, compose_score_mods
+from flexnsa_masks.selected import selected
+from flexnsa_masks.sink import sink
+from flexnsa_masks.sliding_window import sliding_window
+from flexnsa_masks.soft_cap import soft_cap
+
+__all__ = [
+    "Grid",
+    "MaskMod",
+    "ScoreMod",
+    "TileGeometry",
+    "Tiles",
+    "alibi",
+    "and_masks",
+    "at_positions",
+    "block_mask",
+    "causal",
+    "compose_score_mods",
+    "compressed",
+    "dilated",
+    "document",
+    "interval_tiles",
+    "key_range",
+    "or_masks",
+    "prefix",
+    "selected",
+    "sink",
+    "sliding_window",
+    "soft_cap",
+    "tiles_of",
+    "with_tiles",
+]

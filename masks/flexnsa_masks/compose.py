@@ -1,0 +1,61 @@
+"""Masks from masks: intersection and union as in `torch.nn.attention.flex_attention`, with the tile geometry kept.
+
+Definition: a pair is visible to `and_masks(a, b)` iff both see it, to `or_masks(a, b)` iff either does. A tile that is
+surely empty for one is empty for the intersection; a tile that is full for one is full for the union. Source:
+FlexAttention (Dong et al. 2024, arXiv 2412.05496), whose own `and_masks` and `or_masks` take these mask mods as well,
+and drop the geometry.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention
+
+from flexnsa_masks.geometry import Grid, MaskMod, Tiles, name_of, tiles_of, with_tiles
+
+
+def and_masks(*mask_mods: MaskMod) -> MaskMod:
+    """Intersection of one or more mask mods; one without geometry narrows the mask and not its tiles.
+
+    Raises:
+        ValueError: called with no mask mod.
+
+    >>> import torch
+    >>> from flexnsa_masks import causal, document
+    >>> and_masks(causal(), document(torch.tensor([[0, 0, 1]]))).__name__
+    'and_masks(causal, document)'
+    """
+
+    def tiles(grid: Grid) -> Tiles:
+        return _merge(torch.logical_and, [tiles_of(mod, grid) for mod in mask_mods])
+
+    return with_tiles(flex_attention.and_masks(*mask_mods), tiles, _name("and_masks", mask_mods))
+
+
+def or_masks(*mask_mods: MaskMod) -> MaskMod:
+    """Union of one or more mask mods; one without geometry makes every tile possible.
+
+    Raises:
+        ValueError: called with no mask mod.
+
+    >>> from flexnsa_masks import sink, sliding_window
+    >>> or_masks(sliding_window(1024), sink(4)).__name__
+    'or_masks(sliding_window_1024, sink_4)'
+    """
+
+    def tiles(grid: Grid) -> Tiles:
+        return _merge(torch.logical_or, [tiles_of(mod, grid) for mod in mask_mods])
+
+    return with_tiles(flex_attention.or_masks(*mask_mods), tiles, _name("or_masks", mask_mods))
+
+
+def _merge(verb: Callable[[Tensor, Tensor], Tensor], tiles: list[Tiles]) -> Tiles:
+    return Tiles(reduce(verb, [known.some for known in tiles]), reduce(verb, [known.full for known in tiles]))
+
+
+def _name(verb: str, mask_mods: tuple[MaskMod, ...]) -> str:
+    if not mask_mods:
+        raise ValueError(f"{verb}: expected one or more mask mods, got none")
+    return f"{verb}({', '.join(name_of(mod) for mod in mask_mods)})"
