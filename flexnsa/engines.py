@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
@@ -11,10 +12,15 @@ from torch import Tensor
 Impl = Literal["auto", "triton", "flex", "reference"]
 """The values of ``impl``."""
 
+Engine = Literal["triton", "flex", "reference"]
+
 Stage = Literal["compressed", "selection", "selected", "window"]
 
-ENGINES: tuple[Literal["triton", "flex", "reference"], ...] = ("triton", "flex", "reference")
+ENGINES: tuple[Engine, ...] = ("triton", "flex", "reference")
 """In the order in which ``impl="auto"`` tries them."""
+
+MAX_HEAD_DIM = 256
+"""Largest key or value dim of the Triton kernels."""
 
 
 class Choice(NamedTuple):
@@ -27,7 +33,7 @@ class Choice(NamedTuple):
     """
 
     stage: Stage
-    engine: Literal["triton", "flex", "reference"]
+    engine: Engine
     reason: str
 
 
@@ -39,20 +45,20 @@ def choose(impl: Impl, stage: Stage, *tensors: Tensor) -> Choice:
         NotImplementedError: the engine asked for cannot run this call; the message says why and what can.
     """
     if impl == "auto":
-        reasons: list[str] = []
-        for engine in ENGINES:
-            obstacle = _auto_obstacle(engine, stage, tensors)
+        obstacles: list[str] = []
+        for candidate in ENGINES:
+            obstacle = _auto_obstacle(candidate, tensors)
             if obstacle is None:
-                return Choice(stage, engine, "; ".join(reasons) or "the fastest engine runs this call")
-            reasons.append(f"{engine}: {obstacle}")
+                return Choice(stage, *_part(candidate, stage, tensors[0], "; ".join(obstacles) or "the fastest"))
+            obstacles.append(f"{candidate}: {obstacle}")
     if impl not in ENGINES:
         raise ValueError(f'impl must be one of "auto", {", ".join(map(repr, ENGINES))}, got {impl!r}')
-    obstacle = _obstacle(impl, stage, tensors)
+    obstacle = _obstacle(impl, tensors)
     if obstacle is not None:
         raise NotImplementedError(
             f'impl="{impl}" cannot run the {stage} stage: {obstacle}; use impl="auto" or impl="reference"'
         )
-    return Choice(stage, impl, "asked for")
+    return Choice(stage, *_part(impl, stage, tensors[0], "asked for"))
 
 
 def explain(*tensors: Tensor, impl: Impl = "auto") -> list[Choice]:
@@ -66,29 +72,48 @@ def explain(*tensors: Tensor, impl: Impl = "auto") -> list[Choice]:
     window reference
 
     Raises:
+        ValueError: ``impl`` is unknown.
         NotImplementedError: ``impl`` names an engine that cannot run such a call.
     """
     stages: tuple[Stage, ...] = ("compressed", "selection", "selected", "window")
     return [choose(impl, stage, *tensors) for stage in stages]
 
 
-def _auto_obstacle(engine: str, stage: Stage, tensors: tuple[Tensor, ...]) -> str | None:
+def _part(engine: Engine, stage: Stage, q: Tensor, reason: str) -> tuple[Engine, str]:
+    """What runs a stage when ``engine`` runs the call: not every engine has every stage."""
+    if engine == "flex" and stage == "selection":
+        return "reference", f"{reason}; flex scores in plain torch, a chunk of queries at a time"
+    if engine == "triton" and stage in ("compressed", "window"):
+        part: Engine = "flex" if q.device.type == "cuda" else "reference"
+        return part, f"{reason}; triton leaves static masks to {part}"
+    return engine, reason
+
+
+def _auto_obstacle(engine: Engine, tensors: tuple[Tensor, ...]) -> str | None:
     if engine != "reference" and tensors[0].device.type != "cuda":
         return f"not chosen on {tensors[0].device.type}"
-    return _obstacle(engine, stage, tensors)
+    return _obstacle(engine, tensors)
 
 
-def _obstacle(engine: str, stage: Stage, tensors: tuple[Tensor, ...]) -> str | None:
-    """Why ``engine`` cannot run the stage, or None."""
+def _obstacle(engine: Engine, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why ``engine`` cannot run the call, or None."""
     if engine == "reference":
         return None
-    return _flex_obstacle(tensors) if engine == "flex" else _triton_obstacle()
+    return _flex_obstacle(tensors) if engine == "flex" else _triton_obstacle(tensors)
 
 
-def _triton_obstacle() -> str | None:
+def _triton_obstacle(tensors: tuple[Tensor, ...]) -> str | None:
+    device, dtype = tensors[0].device.type, tensors[0].dtype
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    return "its kernels are not part of this version"
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return (
+            f"its kernels need CUDA, got {device}; on a CPU they run only in Triton's interpreter, TRITON_INTERPRET=1"
+        )
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its kernels take float16, bfloat16 and float32, got {dtype}"
+    widest = max(x.shape[-1] for x in tensors)
+    return None if widest <= MAX_HEAD_DIM else f"its kernels take head dims up to {MAX_HEAD_DIM}, got {widest}"
 
 
 def _flex_obstacle(tensors: tuple[Tensor, ...]) -> str | None:

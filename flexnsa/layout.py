@@ -124,8 +124,8 @@ def query_table(
     offset = (begins.cumsum(1) - begins).gather(1, start)
     return QueryTable(
         position.masked_fill(~real, -1),
-        start.gather(1, at).masked_fill(~real, 0),
-        offset.gather(1, at).masked_fill(~real, 0),
+        start.gather(1, at),
+        offset.gather(1, at),
         packed=True,
     )
 

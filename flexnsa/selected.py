@@ -48,7 +48,15 @@ def selected_attention(
     check_selection(selection, q, k, config)
     scale = checks.resolve_scale(scale, q.shape[-1])
     table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents)
-    if engines.choose(impl, "selected", q, k, v).engine == "flex":
+    engine = engines.choose(impl, "selected", q, k, v).engine
+    if engine == "triton":
+        from flexnsa.kernels.selected import selected_attention as kernel  # imports triton
+
+        block = config.select_block
+        return AttentionOutput(
+            *kernel(q, k, v, selection.indices, table.position, table.start, select_block=block, scale=scale)
+        )
+    if engine == "flex":
         return flex.selected_attention(q, k, v, selection, table, config, scale=scale)
     return reference.selected_attention(q, k, v, selection, table, config, scale=scale, ordered=positions is None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -51,5 +53,10 @@ def select_blocks(
     scale = checks.resolve_scale(scale, q.shape[-1])
     table = query_table(q, config, num_tokens=num_tokens, positions=positions, documents=documents)
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
-    engines.choose(impl, "selection", q, k_cmp)
+    if engines.choose(impl, "selection", q, k_cmp).engine == "triton":
+        from flexnsa.kernels.scoring import select_blocks as kernel  # imports triton
+
+        sizes = {field: size for field, size in asdict(config).items() if field != "window"}
+        num_blocks = config.num_blocks(num_tokens)
+        return Selection(kernel(q, k_cmp, lse, *table[:3], num_blocks=num_blocks, scale=scale, **sizes))
     return reference.select_blocks(q, k_cmp, lse, table, config, num_blocks=config.num_blocks(num_tokens), scale=scale)
