@@ -243,7 +243,7 @@ class SparseAttention(nn.Module):
             context.outputs[name] = _checked(output, name, (*q.shape[:3], kv[name][1].shape[-1]))
         gates = self.gate(x).to(q.dtype)
         checks.check_gates(gates, q, branches=len(self.branches))
-        return combine(gates, [output.out for output in context.outputs.values()])
+        return combine(gates, list(context.outputs.values()))
 
 
 def _checked(output: AttentionOutput, name: str, expected: tuple[int, ...]) -> AttentionOutput:

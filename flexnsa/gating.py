@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flexnsa.types import AttentionOutput
+
 
 def combine(
-    gates: Float[Tensor, "b hq tq branches"], outputs: Sequence[Float[Tensor, "b hq tq dv"]]
+    gates: Float[Tensor, "b hq tq branches"], outputs: Sequence[AttentionOutput]
 ) -> Float[Tensor, "b hq tq dv"]:
     """``sum over branches c of g_c * out_c``, in the order of ``outputs``.
 
-    >>> import torch
-    >>> ones = torch.ones(1, 1, 1, 2)
-    >>> combine(torch.tensor([0.25, 0.5]).reshape(1, 1, 1, 2), [ones, 2 * ones])
+    A branch in which a query sees nothing adds 0 whatever its gate, so that a padding query outputs 0 though its gate
+    may be NaN.
+
+    >>> ones, lse = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1)
+    >>> outputs = [AttentionOutput(ones, lse), AttentionOutput(2 * ones, lse)]
+    >>> combine(torch.tensor([0.25, 0.5]).reshape(1, 1, 1, 2), outputs)
     tensor([[[[1.2500, 1.2500]]]])
     """
-    first, *others = (gate.unsqueeze(-1) * out for gate, out in zip(gates.unbind(-1), outputs, strict=True))
+    first, *others = (
+        gate.masked_fill(lse == -torch.inf, 0).unsqueeze(-1) * out
+        for gate, (out, lse) in zip(gates.unbind(-1), outputs, strict=True)
+    )
     return sum(others, start=first)
 
 

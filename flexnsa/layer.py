@@ -103,7 +103,7 @@ class NativeSparseAttention(nn.Module):
             ValueError: the arguments do not fit.
         """
         q, kv = self.project(x, documents=documents)
-        out = self.attention(q, kv._asdict(), x, documents=documents)
+        out = self.attention(q, kv._asdict(), _without_padding(x, documents), documents=documents)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
     def project(
@@ -116,6 +116,7 @@ class NativeSparseAttention(nn.Module):
         _check_input(x, self.q_proj.in_features)
         if documents is not None:
             check_documents(documents, x, x.shape[1])
+        x = _without_padding(x, documents)
         position, block_end = self._positions(x, documents)
         q = self._place(self.q_norm(_heads(self.q_proj(x), self.head_dim)), position)
         raw = {name: self._key_value(name, x) for name in self.k_proj}
@@ -140,6 +141,11 @@ class NativeSparseAttention(nn.Module):
             return token, torch.arange(count, device=x.device)[None] * self.config.compress_stride + last
         begins = document_starts(documents)
         return token - begins, starts - begins.gather(1, starts.clamp(min=0)) + last
+
+
+def _without_padding(x: Tensor, documents: Tensor | None) -> Tensor:
+    """Padding set to 0: what it held, NaN perhaps, would else reach the gradients of the projections as 0 * NaN."""
+    return x if documents is None else x.masked_fill(documents[..., None] < 0, 0)
 
 
 def _projections(names: tuple[str, ...], dim: int, width: int) -> nn.ModuleDict:

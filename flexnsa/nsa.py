@@ -73,7 +73,7 @@ def native_sparse_attention(
         selection = select_blocks(q, k_cmp, compressed.lse, config, num_tokens=num_tokens, **options)
     selected = selected_attention(q, *kv.selected, selection, config, **options)
     window = window_attention(q, *kv.window, config, **options)
-    return combine(gates, (compressed.out, selected.out, window.out))
+    return combine(gates, (compressed, selected, window))
 
 
 def _check(q: Tensor, kv: BranchKV, gates: Tensor, compressor: Compressor | None, documents: Tensor | None) -> None:

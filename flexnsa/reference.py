@@ -135,7 +135,7 @@ def block_importance(
         return q.new_zeros(q.shape[0], heads, q.shape[2], num_blocks, dtype=_accumulator(q))
     visible = _in_range(table.compressed_range(config))(slice(None), slice(0, keys))
     scores = _scores(q.to(_accumulator(q)), k_cmp.to(_accumulator(q)), scale)
-    p_cmp = (scores - rearrange(lse, "b (hk g) t -> b hk g t 1", hk=heads)).exp().where(visible, 0)
+    p_cmp = scores.sub_(rearrange(lse, "b (hk g) t -> b hk g t 1", hk=heads)).exp_().where(visible, 0)
     if table.packed:
         p_cmp = _from_document_start(p_cmp, table.offset)
     blocks = _overlap_sum(p_cmp, config, num_blocks)
@@ -242,12 +242,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, k_poison: Tensor, v_bad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The softmax written out, so that a row that sees nothing is 0 with LSE -inf, not 0 / 0."""
+    """The softmax written out, so that a row that sees nothing is 0 with LSE -inf, not 0 / 0.
+
+    In place, since on a CPU a fresh tensor for each step would cost as much as the step.
+    """
     q, q_bad = _quarantine(q)
-    scores = _scores(q, k, scale) + torch.where(visible, k_poison[:, :, None, None], -torch.inf)
+    scores = _scores(q, k, scale).add_(torch.where(visible, k_poison[:, :, None, None], -torch.inf))
     highest = scores.detach().amax(-1, keepdim=True)
     highest = highest.masked_fill(highest == -torch.inf, 0)
-    weights = (scores - highest).exp()
+    weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
     nothing = total == 0
     total = total.masked_fill(nothing, 1)
@@ -261,8 +264,8 @@ def _attend(
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Scaled dot products ``[b, hk, g, tq, keys]``. The group shares its keys, so it folds into the rows."""
-    rows = rearrange(q, "b (hk g) t d -> b hk (g t) d", hk=k.shape[1])
-    return (rows @ k.mT).unflatten(2, (-1, q.shape[2])) * scale
+    rows = rearrange(q * scale, "b (hk g) t d -> b hk (g t) d", hk=k.shape[1])
+    return (rows @ k.mT).unflatten(2, (-1, q.shape[2]))
 
 
 def _quarantine(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,23 +49,20 @@ def block_mask(
     some, full = tiles_of(mask_mod, grid)
     _check_rows("batch", some.shape[0], batch)
     _check_rows("heads", some.shape[1], heads)
-    full = some & full & _whole(grid)
-    partial = some & ~full
-    counts, indices = _ordered(partial)
-    full_counts, full_indices = _ordered(full)
-    q_counts, q_indices = _ordered(partial.mT)
-    full_q_counts, full_q_indices = _ordered(full.mT)
+    full = None if full is None else some & full & _whole(grid)
+    counts, indices, q_counts, q_indices = _tables(some if full is None else some & ~full)
+    full_tables = (None,) * 4 if full is None else _tables(full)
     # The constructor, since BlockMask.from_kv_blocks would sort its way from tables by row to tables by column.
     return BlockMask(
         seq_lengths=(q_len, kv_len),
         kv_num_blocks=counts,
         kv_indices=indices,
-        full_kv_num_blocks=full_counts,
-        full_kv_indices=full_indices,
+        full_kv_num_blocks=full_tables[0],
+        full_kv_indices=full_tables[1],
         q_num_blocks=q_counts,
         q_indices=q_indices,
-        full_q_num_blocks=full_q_counts,
-        full_q_indices=full_q_indices,
+        full_q_num_blocks=full_tables[2],
+        full_q_indices=full_tables[3],
         BLOCK_SIZE=(q_block, kv_block),
         mask_mod=mask_mod,
     )
@@ -82,15 +79,19 @@ def _whole(grid: Grid) -> Tensor:
     return (rows * grid.q_block <= grid.q_len)[:, None] & (columns * grid.kv_block <= grid.kv_len)
 
 
+def _tables(tiles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts and indices of the key tiles of each query tile, then of the query tiles of each key tile."""
+    return (*_ordered(tiles), *_ordered(tiles.mT.contiguous()))
+
+
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Count and ascending indices of the true entries of each row, int32 `[.., rows]` and `[.., rows, columns]`.
 
     The false entries follow, so that every row is a permutation: a scatter without collisions instead of a sort. All
     tables of a mask are contiguous and equally wide: torch 2.11 reads the full tables with the partial ones' strides.
     """
-    rank = tiles.cumsum(-1)
-    column = torch.arange(tiles.shape[-1], device=tiles.device)
+    rank = tiles.cumsum(-1, dtype=torch.int32)
+    column = torch.arange(tiles.shape[-1], dtype=torch.int32, device=tiles.device)
     slot = torch.where(tiles, rank - 1, rank[..., -1:] + column - rank)
-    indices = torch.zeros(tiles.shape, dtype=torch.int32, device=tiles.device)
-    indices.scatter_(-1, slot, column.to(torch.int32).expand(tiles.shape))
-    return rank[..., -1].to(torch.int32).contiguous(), indices
+    indices = torch.empty_like(slot).scatter_(-1, slot.to(torch.int64), column.expand_as(slot))
+    return rank[..., -1].contiguous(), indices

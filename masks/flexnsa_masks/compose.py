@@ -6,11 +6,9 @@ FlexAttention (Dong et al. 2024, arXiv 2412.05496), whose own `and_masks` and `o
 and drop the geometry.
 """
 
-from collections.abc import Callable
 from functools import reduce
 
 import torch
-from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from flexnsa_masks.geometry import Grid, MaskMod, Tiles, name_of, tiles_of, with_tiles
@@ -29,7 +27,7 @@ def and_masks(*mask_mods: MaskMod) -> MaskMod:
     """
 
     def tiles(grid: Grid) -> Tiles:
-        return _merge(torch.logical_and, [tiles_of(mod, grid) for mod in mask_mods])
+        return reduce(_both, [tiles_of(mod, grid) for mod in mask_mods])
 
     return with_tiles(flex_attention.and_masks(*mask_mods), tiles, _name("and_masks", mask_mods))
 
@@ -46,13 +44,18 @@ def or_masks(*mask_mods: MaskMod) -> MaskMod:
     """
 
     def tiles(grid: Grid) -> Tiles:
-        return _merge(torch.logical_or, [tiles_of(mod, grid) for mod in mask_mods])
+        return reduce(_either, [tiles_of(mod, grid) for mod in mask_mods])
 
     return with_tiles(flex_attention.or_masks(*mask_mods), tiles, _name("or_masks", mask_mods))
 
 
-def _merge(verb: Callable[[Tensor, Tensor], Tensor], tiles: list[Tiles]) -> Tiles:
-    return Tiles(reduce(verb, [known.some for known in tiles]), reduce(verb, [known.full for known in tiles]))
+def _both(a: Tiles, b: Tiles) -> Tiles:
+    return Tiles(a.some & b.some, None if a.full is None or b.full is None else a.full & b.full)
+
+
+def _either(a: Tiles, b: Tiles) -> Tiles:
+    known = [full for full in (a.full, b.full) if full is not None]
+    return Tiles(a.some | b.some, reduce(torch.logical_or, known) if known else None)
 
 
 def _name(verb: str, mask_mods: tuple[MaskMod, ...]) -> str:

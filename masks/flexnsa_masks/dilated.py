@@ -4,7 +4,6 @@ Definition: query q sees the keys `q - i * dilation`, `i = 0 .. window - 1`: `wi
 + 1` tokens. Source: Longformer (Beltagy et al. 2020, arXiv 2004.05150), section 3.1, in its causal form.
 """
 
-import torch
 from torch import Tensor
 
 from flexnsa_masks.geometry import Grid, MaskMod, Tiles, at_least, interval_tiles, with_tiles
@@ -31,6 +30,6 @@ def dilated(window: int, dilation: int) -> MaskMod:
     def tiles(grid: Grid) -> Tiles:
         first, last = grid.queries()
         some, full = interval_tiles(grid, (first - reach, last - reach), (first, last))
-        return Tiles(some, full if dilation == 1 else torch.zeros_like(full))
+        return Tiles(some, full if dilation == 1 else None)
 
     return with_tiles(mask_mod, tiles, f"dilated_{window}_{dilation}")

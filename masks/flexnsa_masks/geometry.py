@@ -66,11 +66,12 @@ class Grid(NamedTuple):
 class Tiles(NamedTuple):
     """What a pattern knows of each tile, bool `[b|1, h|1, nq, nk]`.
 
-    `some`: may hold a visible pair (false means surely none). `full`: holds visible pairs only (false means unknown).
+    `some`: may hold a visible pair (false means surely none). `full`: holds visible pairs only (false means unknown);
+    None where that is never known, which spares the BlockMask its tables of full tiles.
     """
 
     some: Tensor
-    full: Tensor
+    full: Tensor | None
 
 
 def with_tiles(mask_mod: MaskMod, tiles: TileGeometry, name: str) -> MaskMod:
@@ -79,7 +80,7 @@ def with_tiles(mask_mod: MaskMod, tiles: TileGeometry, name: str) -> MaskMod:
     >>> from flexnsa_masks import Grid, Tiles, and_masks, causal, with_tiles
     >>> def own_half(b, h, q_idx, kv_idx):
     ...     return (q_idx < 512) == (kv_idx < 512)
-    >>> def tiles(grid: Grid) -> Tiles:  # exact where 512 is a multiple of the tile, as it must be for `some == full`
+    >>> def tiles(grid: Grid) -> Tiles:  # for tiles that divide 512
     ...     (q_first, _), (k_first, _) = grid.queries(), grid.keys()
     ...     same = (q_first < 512) == (k_first < 512)
     ...     return Tiles(same, same)
@@ -99,8 +100,7 @@ def name_of(mod: Callable[..., Tensor]) -> str:
 
 def unknown_tiles(grid: Grid) -> Tiles:
     """Tiles of a pattern that says nothing: any tile may hold visible pairs, none surely holds nothing else."""
-    some = torch.ones(1, 1, *grid.shape, dtype=torch.bool, device=grid.device)
-    return Tiles(some, torch.zeros_like(some))
+    return Tiles(torch.ones(1, 1, *grid.shape, dtype=torch.bool, device=grid.device), None)
 
 
 def tiles_of(mask_mod: MaskMod, grid: Grid) -> Tiles:

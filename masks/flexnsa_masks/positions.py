@@ -46,7 +46,7 @@ def at_positions(mask_mod: MaskMod, positions: Tensor, *, group: int = 1) -> Mas
         least, greatest = (x[:, None, :, None] for x in tile_bounds(table, grid.q_block, group=group))
         first, _ = tile_bounds(torch.where(table < 0, FAR, table), grid.q_block, group=group)
         some, full = geometry.tiles_of(mask_mod, grid._replace(span=(first[:, None, :, None], greatest)))
-        return Tiles(some & (greatest >= 0), full & (least >= 0))
+        return Tiles(some & (greatest >= 0), None if full is None else full & (least >= 0))
 
     return geometry.with_tiles(positioned, tiles, f"at_positions({geometry.name_of(mask_mod)})")
 

@@ -60,8 +60,7 @@ def selected(
         listed = (indices >= 0) & (indices < num_blocks)
         first = indices.to(torch.int64) * select_block
         first = first if start is None else first + start[:, None, :, None]
-        some = _union(grid, first, listed, select_block, group, aligned=start is None)
-        return Tiles(some, torch.zeros_like(some))
+        return Tiles(_union(grid, first, listed, select_block, group, aligned=start is None), None)
 
     return with_tiles(mask_mod, tiles, f"selected_{select_block}")
 

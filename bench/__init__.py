@@ -1,0 +1,1 @@
+"""Benchmarks and experiments around flexnsa: `python -m bench --help`. Not part of the wheel."""

@@ -1,0 +1,18 @@
+"""The command line: `python -m bench learn` today; each further command is one more module with `add_parser`."""
+
+import argparse
+from collections.abc import Sequence
+
+from bench.learn import command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and run; `sys.argv` where no arguments are given."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Experiments and benchmarks around flexnsa.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    command.add_parser(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        parser.error(str(error))

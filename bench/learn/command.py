@@ -1,0 +1,73 @@
+"""`python -m bench learn`: its options, and what they build."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench.learn.attention import ATTENTIONS
+from bench.learn.compare import Comparison
+from bench.learn.presets import PRESETS, preset_for
+from bench.learn.report import report
+from bench.learn.settings import Settings
+from bench.learn.text import TextTask, read_corpus, standard_library
+
+TASKS = ("text",)
+DESCRIPTION = """\
+Train small language models that differ in their attention alone (nsa, full, window), side by side on the same
+batches, and compare them.
+
+Writes result.json, loss.png, attention.png, selection.png and gates.png. Ctrl-C stops the training of all models at
+the same step and keeps results and pictures so far; a second Ctrl-C stops at once."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `learn`."""
+    parser = commands.add_parser(
+        "learn",
+        help="train small models that differ in their attention alone",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--task", choices=TASKS, required=True, help="text: the next byte of the standard library's own source")
+    add("--preset", choices=PRESETS, help="sizes; by default those made for the device. tiny takes seconds")
+    add("--attention", choices=ATTENTIONS, nargs="+", default=list(ATTENTIONS), help="models to train (default: all)")
+    add("--tokens", type=int, help="training tokens that each model sees")
+    add("--context", type=int, help="tokens of one row")
+    add("--batch", type=int, help="rows of one step")
+    add("--lr", type=float, dest="learning_rate", help="peak learning rate")
+    add("--minutes", type=float, help="training stops here, all models at the same step")
+    add("--seed", type=int, default=0, help="of weights, batches and sampling (default: 0)")
+    add("--device", type=torch.device, help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--compile", action="store_true", default=None, dest="compiled", help="run the models through torch.compile")
+    add("--source", type=Path, help="folder of *.py files to learn from instead of the standard library")
+    add("--out", type=Path, help="folder to write to (default: runs/TASK-PRESET-seedN)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, compare, write, print.
+
+    Raises:
+        ValueError: the options do not fit one another or the data.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preset = options.preset or preset_for(device)
+    folder = options.out or Path("runs") / f"{options.task}-{preset}-seed{options.seed}"
+    task = TextTask(read_corpus(options.source or standard_library()), options.seed)
+    result = Comparison(task, settings_of(options, PRESETS[preset]), options.attention, device, folder).run()
+    print(report(result))
+    print(f"\nResults and pictures: {folder}/")
+
+
+def settings_of(options: argparse.Namespace, preset: Settings) -> Settings:
+    """The preset with the options that were given in place of its own values."""
+    names = ("tokens", "context", "batch", "learning_rate", "minutes", "seed", "compiled")
+    return replace(preset, **{name: getattr(options, name) for name in names if getattr(options, name) is not None})

@@ -1,0 +1,84 @@
+"""A small causal transformer whose attention is swapped by name: RMSNorm, rotary attention, gated MLP."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from bench.learn.attention import ATTENTIONS, AttentionShape
+
+HIDDEN_STEP = 8
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one twin.
+
+    Args:
+        attention: sizes of the attention, its `dim` being the model's.
+        layers: transformer blocks.
+        hidden: inner width of the gated MLP.
+        vocabulary: distinct tokens.
+    """
+
+    attention: AttentionShape
+    layers: int
+    hidden: int
+    vocabulary: int
+
+
+class GatedMLP(nn.Module):
+    """silu(x W_gate) * (x W_up) W_down (Shazeer 2020)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b t dim"]:
+        """Token by token."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, shape: ModelShape, attention: str):
+        super().__init__()
+        dim = shape.attention.dim
+        self.attention_norm = nn.RMSNorm(dim)
+        self.attention = ATTENTIONS[attention](shape.attention)
+        self.mlp_norm = nn.RMSNorm(dim)
+        self.mlp = GatedMLP(dim, shape.hidden)
+
+    def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b t dim"]:
+        """One layer."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Tokens to next-token logits; the embedding is tied to the output."""
+
+    def __init__(self, shape: ModelShape, attention: str):
+        super().__init__()
+        self.embedding = nn.Embedding(shape.vocabulary, shape.attention.dim)
+        self.blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.attention.dim)
+        self.head = nn.Linear(shape.attention.dim, shape.vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, tokens: Int64[Tensor, "b t"]) -> Float[Tensor, "b t vocabulary"]:
+        """Logits of the token after each."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trained numbers, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

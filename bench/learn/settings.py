@@ -1,0 +1,75 @@
+"""Every number of a comparison, as data: the presets, and how one twin's sizes follow from them."""
+
+from dataclasses import dataclass, replace
+
+from bench.learn.attention import AttentionShape
+from bench.learn.model import HIDDEN_STEP, ModelShape, Transformer, count_parameters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One comparison. All twins share everything but the attention's name and the MLP width that follows from it.
+
+    Args:
+        attention: sizes shared by the attentions.
+        layers: transformer blocks.
+        hidden: MLP width of the full-attention twin; the others get the width that gives as many parameters.
+        context: tokens of one row.
+        batch: rows of one step.
+        tokens: training tokens each twin sees.
+        learning_rate: peak; linear warm-up over 5% of the steps, then linearly to zero.
+        minutes: training stops here, all twins together, whatever they have seen.
+        evaluations: validation points on the curve, besides the first and the last.
+        validation_rows: rows of the final validation; the curve uses a quarter of them.
+        bfloat16: autocast to bfloat16 in training and validation.
+        compiled: run each twin through torch.compile.
+        seed: of the weights, the batches and the sampled continuation.
+    """
+
+    attention: AttentionShape
+    layers: int
+    hidden: int
+    context: int
+    batch: int
+    tokens: int
+    learning_rate: float
+    minutes: float
+    evaluations: int
+    validation_rows: int
+    bfloat16: bool = False
+    compiled: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "context", "batch", "learning_rate", "minutes", "validation_rows"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.tokens < self.batch * self.context:
+            raise ValueError(
+                f"tokens: expected at least one step of batch * context = {self.batch * self.context}, "
+                f"got {self.tokens}; raise --tokens or shorten --context"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.tokens // (self.batch * self.context)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        warm_up = max(1, self.steps // 20)
+        return self.learning_rate * min(1.0, (step + 1) / warm_up) * (1 - step / self.steps)
+
+
+def twin_shape(settings: Settings, attention: str, vocabulary: int) -> ModelShape:
+    """Sizes of one twin: its MLP is as wide as makes its parameters equal those of the full-attention twin."""
+    shape = ModelShape(settings.attention, settings.layers, settings.hidden, vocabulary)
+    surplus = count_parameters(Transformer(shape, attention)) - count_parameters(Transformer(shape, "full"))
+    one_step = 3 * settings.attention.dim * settings.layers * HIDDEN_STEP
+    hidden = settings.hidden - HIDDEN_STEP * round(surplus / one_step)
+    if hidden <= 0:
+        raise ValueError(
+            f"hidden: {attention!r} attention alone has {surplus} parameters more than full attention, which an MLP of "
+            f"width {settings.hidden} cannot make up for; widen the MLP"
+        )
+    return replace(shape, hidden=hidden)

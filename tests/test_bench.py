@@ -1,0 +1,254 @@
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.cli import main
+from bench.learn import pictures
+from bench.learn.attention import ATTENTIONS, AttentionShape, DenseAttention
+from bench.learn.compare import Comparison
+from bench.learn.generate import generate
+from bench.learn.look import gate_means, look_into, telling_query
+from bench.learn.model import Transformer, count_parameters
+from bench.learn.presets import PRESETS, TINY
+from bench.learn.settings import twin_shape
+from bench.learn.task import IGNORED, Batch
+from bench.learn.text import TextTask, is_validation, read_corpus, source_files, standard_library
+from bench.learn.train import Twin
+from flexnsa import NSAConfig
+
+CPU = torch.device("cpu")
+PICTURES = ("loss.png", "attention.png", "selection.png", "gates.png")
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return read_corpus(standard_library() / "asyncio")
+
+
+@pytest.fixture
+def task(corpus):
+    return TextTask(corpus, seed=0)
+
+
+def comparison(task, folder, **changes):
+    return Comparison(task, replace(TINY, **changes), list(ATTENTIONS), CPU, folder)
+
+
+def test_the_command_writes_a_result_and_pictures(tmp_path, capsys):
+    source = str(standard_library() / "asyncio")
+    options = ["--task", "text", "--preset", "tiny", "--tokens", "1024", "--seed", "3", "--source", source]
+    main(["learn", *options, "--out", str(tmp_path / "run")])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "finished" and result["seed"] == 3 and result["config"]["tokens"] == 1024
+    assert {"device", "torch", "triton", "python", "date", "commit"} <= result.keys()
+    assert [row["attention"] for row in result["rows"]] == ["nsa", "full", "window"]
+    for row in result["rows"]:
+        assert row["tokens"] == 1024 and 4 < row["bits_per_token"] < 8.5 and row["tokens_per_second"] > 0
+        assert row["continuation"] and len(row["position_bits"]) == TINY.context
+    assert all((tmp_path / "run" / name).stat().st_size > 5_000 for name in PICTURES)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("bits/byte", "tokens/s", "parameters", "window", "nsa continues"))
+
+
+def test_the_whole_standard_library_splits_by_content_into_disjoint_files():
+    corpus = read_corpus(standard_library())
+    again = read_corpus(standard_library())
+    assert corpus.digest == again.digest and torch.equal(corpus.validation, again.validation)
+    assert not set(corpus.train_files) & set(corpus.validation_files)
+    assert len(corpus.train_files) + len(corpus.validation_files) == len(source_files(standard_library()))
+    assert 0.05 < len(corpus.validation_files) / len(corpus.train_files) < 0.2
+    assert len(corpus.train) > 5_000_000
+    assert not any("test" in Path(name).parts for name in corpus.train_files + corpus.validation_files)
+
+
+def test_copies_of_a_file_stay_on_one_side(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.py").write_bytes(b"%d" % (number // 2))
+    corpus = read_corpus(tmp_path)
+    held_out = {int(Path(name).stem) for name in corpus.validation_files}
+    assert held_out and all(number ^ 1 in held_out for number in held_out)
+    assert held_out == {number for number in range(40) if is_validation(b"%d" % (number // 2))}
+
+
+def test_a_folder_without_source_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--source"):
+        read_corpus(tmp_path)
+
+
+def test_batches_depend_on_seed_and_step_alone(corpus):
+    task, twin = TextTask(corpus, 1), TextTask(corpus, 1)
+    late = task.training(7, 3, 50)
+    assert all(torch.equal(a, b) for a, b in zip(late, twin.training(7, 3, 50), strict=True))
+    assert torch.equal(late.inputs[:, 1:], late.labels[:, :-1])
+    assert not torch.equal(late.inputs, task.training(8, 3, 50).inputs)
+    assert not torch.equal(late.inputs, TextTask(corpus, 2).training(7, 3, 50).inputs)
+
+
+def test_validation_rows_do_not_depend_on_the_seed_or_the_batch(corpus):
+    rows = torch.cat([batch.inputs for batch in TextTask(corpus, 1).validation(7, 3, 50)])
+    assert torch.equal(rows, torch.cat([batch.inputs for batch in TextTask(corpus, 2).validation(7, 7, 50)]))
+    assert rows.shape == (7, 50)
+
+
+def test_a_context_longer_than_the_data_is_refused(task):
+    with pytest.raises(ValueError, match="--context"):
+        task.training(0, 1, 10_000_000)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_parameters_are_equal_within_two_percent(preset, attention):
+    settings = PRESETS[preset]
+    with torch.device("meta"):
+        counts = [count_parameters(Transformer(twin_shape(settings, name, 256), name)) for name in (attention, "full")]
+    assert abs(counts[0] / counts[1] - 1) < 0.02
+    if preset == "cpu":
+        assert 0.9e6 < counts[0] < 2e6
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_the_window_is_far_shorter_than_the_context(preset):
+    assert preset.attention.nsa.window * 8 <= preset.context
+
+
+def test_an_mlp_too_narrow_to_match_is_refused():
+    with pytest.raises(ValueError, match="widen the MLP"):
+        twin_shape(replace(TINY, hidden=8), "nsa", 256)
+
+
+def test_the_twins_learn_from_the_same_batches_in_the_same_order(task, tmp_path, monkeypatch):
+    seen = {}
+    learn = Twin.learn
+
+    def spy(twin, batch, rate):
+        seen.setdefault(twin.attention, []).append((batch.inputs.clone(), rate))
+        learn(twin, batch, rate)
+
+    monkeypatch.setattr(Twin, "learn", spy)
+    comparison(task, tmp_path, tokens=1024).run()
+    assert len(seen["nsa"]) == 4
+    for name in ("full", "window"):
+        for (inputs, rate), (other, other_rate) in zip(seen["nsa"], seen[name], strict=True):
+            assert torch.equal(inputs, other) and rate == other_rate
+
+
+def test_a_run_repeats_exactly(task, tmp_path):
+    rows = [comparison(task, tmp_path / name, tokens=512).run()["rows"] for name in "ab"]
+    for row, again in zip(*rows, strict=True):
+        assert row["train_bits"] == again["train_bits"] and row["continuation"] == again["continuation"]
+
+
+def test_ctrl_c_keeps_results_and_pictures(task, tmp_path, monkeypatch):
+    learn = Twin.learn
+
+    def interrupted(twin, batch, rate):
+        if twin.attention == "full" and twin.progress.tokens == 512:
+            signal.raise_signal(signal.SIGINT)
+        learn(twin, batch, rate)
+
+    monkeypatch.setattr(Twin, "learn", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    comparison(task, tmp_path).run()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "interrupted"
+    assert [row["tokens"] for row in result["rows"]] == [768] * 3, "all twins stop at the same step"
+    assert all((tmp_path / name).exists() for name in PICTURES)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_stops_at_once(task, tmp_path, monkeypatch):
+    def impatient(twin, batch, rate):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Twin, "learn", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        comparison(task, tmp_path).run()
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "running"
+
+
+def test_a_time_budget_stops_all_twins_at_one_step(task, tmp_path):
+    result = comparison(task, tmp_path, minutes=1e-6).run()
+    assert result["status"] == "out of time"
+    assert all((tmp_path / name).exists() for name in PICTURES)
+
+
+def test_generation_is_seeded_and_reads_the_prompt(task):
+    torch.manual_seed(0)
+    model = Transformer(twin_shape(TINY, "nsa", 256), "nsa")
+    prompt = task.prompt(32)
+    first, again, other = (generate(model, prompt, 12, TINY.context, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(first) == 12 and all(0 <= token < 256 for token in first)
+    greedy = generate(model, prompt, 1, TINY.context, 0, temperature=1e-6)
+    assert greedy == [model(prompt)[0, -1].argmax().item()]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_no_twin_sees_the_future(attention):
+    torch.manual_seed(0)
+    model = Transformer(twin_shape(TINY, attention, 256), attention)
+    tokens = torch.randint(256, (1, 40))
+    changed = tokens.clone()
+    changed[0, 30:] = (changed[0, 30:] + 1) % 256
+    assert torch.equal(model(tokens)[:, :30], model(changed)[:, :30])
+
+
+def test_the_window_twin_sees_window_keys_and_no_more():
+    shape = AttentionShape(dim=8, heads=2, kv_heads=1, head_dim=4, rope_theta=1e4, nsa=NSAConfig(window=5))
+    attention = DenseAttention(shape, 5)
+    x = torch.randn(1, 12, 8, requires_grad=True)
+    attention(x)[0, -1].sum().backward()
+    assert (x.grad[0].abs().sum(-1) > 0).tolist() == [False] * 7 + [True] * 5
+
+
+def test_ignored_labels_count_nowhere():
+    twin = Twin("full", TINY, 256, CPU)
+    inputs = torch.randint(256, (2, TINY.context))
+    labels = torch.full_like(inputs, IGNORED)
+    labels[:, 5] = inputs[:, 5]
+    twin.evaluate([Batch(inputs, labels)])
+    twin.evaluate([Batch(inputs, labels), Batch(inputs, torch.full_like(labels, IGNORED))])
+    (_, bits), (_, same) = twin.progress.validation
+    assert bits == same == pytest.approx(twin.progress.position_bits[5])
+
+
+def test_what_a_look_shows_adds_up(task):
+    torch.manual_seed(0)
+    model = Transformer(twin_shape(TINY, "nsa", 256), "nsa")
+    config = TINY.attention.nsa
+    look = look_into(model, task.prompt(TINY.context))
+    compressed, selected, window = look.weights.unbind(1)
+    torch.testing.assert_close(selected.sum(-1), torch.ones_like(selected.sum(-1)))
+    torch.testing.assert_close(window.sum(-1), torch.ones_like(window.sum(-1)))
+    torch.testing.assert_close(compressed.sum(-1)[..., config.compress_block - 1 :].min(), torch.tensor(1.0))
+    tokens_chosen = look.selected.repeat_interleave(config.select_block, -1)
+    assert not selected[~tokens_chosen].any() and (look.selected | ~look.forced).all()
+    assert look.selected.sum(-1).max() == config.num_selected
+    query = telling_query(look)
+    assert query.position >= TINY.context // 2 and query.position // config.select_block in query.blocks
+    torch.testing.assert_close(gate_means(model, task.prompt(TINY.context)).mean(1), look.gates.mean((2, 3)))
+
+
+def test_a_page_breaks_lines_and_hides_nothing():
+    text = pictures.printable([*b"ab\ncd", 200])
+    assert text == ["a", "b", pictures.NEWLINE, "c", "d", "\N{MIDDLE DOT}"]
+    assert pictures.page(text) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert pictures.page(["x"] * 3, width=2) == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_options_that_do_not_fit_are_refused_with_a_remedy(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["learn", "--task", "text", "--preset", "tiny", "--tokens", "10", "--out", str(tmp_path)])
+    assert "raise --tokens" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["learn", "--help"])
+    printed = capsys.readouterr().out
+    assert all(f"--{name}" in printed for name in ("task", "tokens", "seed", "context", "out", "minutes", "preset"))
