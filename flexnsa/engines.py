@@ -19,6 +19,10 @@ Stage = Literal["compressed", "selection", "selected", "window"]
 ENGINES: tuple[Engine, ...] = ("triton", "flex", "reference")
 """In the order in which ``impl="auto"`` tries them."""
 
+# Read once: torch.compile traces through the choice of an engine, but not through a search of the path.
+TRITON_INSTALLED = find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 MAX_HEAD_DIM = 256
 """Largest key or value dim of the Triton kernels."""
 
@@ -104,9 +108,9 @@ def _obstacle(engine: Engine, tensors: tuple[Tensor, ...]) -> str | None:
 
 def _triton_obstacle(tensors: tuple[Tensor, ...]) -> str | None:
     device, dtype = tensors[0].device.type, tensors[0].dtype
-    if find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device != "cuda" and not (device == "cpu" and TRITON_INTERPRETED):
         return (
             f"its kernels need CUDA, got {device}; on a CPU they run only in Triton's interpreter, TRITON_INTERPRET=1"
         )

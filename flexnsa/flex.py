@@ -8,19 +8,23 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, FlexKernelOptions, flex_attention
 
 from flexnsa.config import NSAConfig
 from flexnsa.layout import QueryTable
 from flexnsa.types import AttentionOutput, Selection
 from flexnsa_masks import and_masks, block_mask, key_range, selected
+
+# The membership lookup is pipelined with K and V: at FlexAttention's own three stages the backward's tiles are 1 KiB too
+# large for an H200's shared memory (bf16, d = 128).
+SELECTED_OPTIONS = cast(FlexKernelOptions, {"bwd_num_stages": 2})
 
 
 def compressed_attention(
@@ -76,7 +80,8 @@ def selected_attention(
     )
     causal = key_range(*table.causal_range(), group=group)
     rows = rearrange(q, "b (hk g) t d -> b hk (t g) d", g=group)
-    out, lse = _attend(rows, k, v, and_masks(member, causal), scale, batch=k.shape[0], heads=k.shape[1])
+    mask_mod, (batch, heads) = and_masks(member, causal), k.shape[:2]
+    out, lse = _attend(rows, k, v, mask_mod, scale, batch=batch, heads=heads, options=SELECTED_OPTIONS)
     return AttentionOutput(
         rearrange(out, "b hk (t g) d -> b (hk g) t d", g=group), rearrange(lse, "b hk (t g) -> b (hk g) t", g=group)
     )
@@ -91,6 +96,7 @@ def _attend(
     *,
     batch: int | None = None,
     heads: int | None = None,
+    options: FlexKernelOptions | None = None,
 ) -> AttentionOutput:
     mask = block_mask(mask_mod, q_len=q.shape[2], kv_len=k.shape[2], batch=batch, heads=heads, device=q.device)
     if not torch.is_grad_enabled():  # On a CPU FlexAttention refuses tensors that require grad even then.
@@ -102,6 +108,7 @@ def _attend(
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
         return_aux=AuxRequest(lse=True),
     )
     assert aux.lse is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -56,7 +54,21 @@ def select_blocks(
     if engines.choose(impl, "selection", q, k_cmp).engine == "triton":
         from flexnsa.kernels.scoring import select_blocks as kernel  # imports triton
 
-        sizes = {field: size for field, size in asdict(config).items() if field != "window"}
-        num_blocks = config.num_blocks(num_tokens)
-        return Selection(kernel(q, k_cmp, lse, *table[:3], num_blocks=num_blocks, scale=scale, **sizes))
+        indices = kernel(
+            q,
+            k_cmp,
+            lse,
+            table.position,
+            table.start,
+            table.offset,
+            num_blocks=config.num_blocks(num_tokens),
+            compress_block=config.compress_block,
+            compress_stride=config.compress_stride,
+            select_block=config.select_block,
+            num_selected=config.num_selected,
+            num_initial=config.num_initial,
+            num_local=config.num_local,
+            scale=scale,
+        )
+        return Selection(indices)
     return reference.select_blocks(q, k_cmp, lse, table, config, num_blocks=config.num_blocks(num_tokens), scale=scale)
