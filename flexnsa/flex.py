@@ -22,7 +22,7 @@ from flexnsa.layout import QueryTable
 from flexnsa.types import AttentionOutput, Selection
 from flexnsa_masks import and_masks, block_mask, key_range, selected
 
-# The membership lookup is pipelined with K and V: at FlexAttention's own three stages the backward's tiles are 1 KiB too
+# The membership lookup is pipelined with K and V: at the three stages of FlexAttention the backward is 1 KiB too
 # large for an H200's shared memory (bf16, d = 128).
 SELECTED_OPTIONS = cast(FlexKernelOptions, {"bwd_num_stages": 2})
 

@@ -248,14 +248,53 @@ def test_selected_tiles_are_exactly_the_union(data: Any, block_size: tuple[int, 
     assert torch.equal(listed(block.kv_num_blocks, block.kv_indices), truth)
 
 
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5), block_size=TILES)
-def test_packed_documents_visit_no_tile_in_vain(lengths: list[int], block_size: tuple[int, int]) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    padding=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    block_size=TILES,
+)
+def test_packed_documents_visit_no_tile_in_vain(
+    lengths: list[int], padding: tuple[int, int], block_size: tuple[int, int]
+) -> None:
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    ids = torch.nn.functional.pad(ids, padding, value=-1)
     block = masks.block_mask(masks.document(ids), q_len=len(ids), kv_len=len(ids), block_size=block_size)
-    some, full = tile_share((ids[:, None] == ids)[None, None], block_size)
+    some, full = tile_share(((ids[:, None] == ids) & (ids >= 0))[None, None], block_size)
     partial = listed(block.kv_num_blocks, block.kv_indices)
     whole = listed(block.full_kv_num_blocks, block.full_kv_indices)
     assert torch.equal(partial | whole, some) and torch.equal(whole, full)
+
+
+@pytest.mark.parametrize(
+    "mod, q_len, kv_len, tiles",
+    [
+        (masks.key_range(torch.tensor([[0, 20, 39, 21]]), torch.tensor([[-1, 22, 38, 23]])), 4, 40, [[5]]),
+        (masks.at_positions(masks.sliding_window(2), torch.tensor([-1, 20, 21, 22])), 4, 40, [[4, 5]]),
+        (masks.at_positions(masks.prefix(5), torch.tensor([-1, -1, -1, -1, 0, -1])), 6, 40, [[], [0, 1]]),
+        (masks.sliding_window(1), 8, 5, [[0], [1]]),
+        (masks.key_range(torch.tensor([[0, 6]]), torch.tensor([[0, 8]]), group=4), 8, 6, [[0], []]),
+    ],
+    ids=["key_range", "window", "prefix", "no keys left", "first beyond the keys"],
+)
+def test_queries_that_see_nothing_do_not_widen_a_tile(
+    mod: masks.MaskMod, q_len: int, kv_len: int, tiles: list[list[int]]
+) -> None:
+    block = masks.block_mask(mod, q_len=q_len, kv_len=kv_len, block_size=4)
+    visited = listed(block.kv_num_blocks, block.kv_indices) | listed(block.full_kv_num_blocks, block.full_kv_indices)
+    assert [row.nonzero().flatten().tolist() for row in visited[0, 0]] == tiles
+
+
+def test_a_tile_with_a_padding_query_is_not_full() -> None:
+    block = masks.block_mask(
+        masks.at_positions(masks.prefix(8), torch.tensor([-1, 0, 1, 2])), q_len=4, kv_len=8, block_size=4
+    )
+    assert block.kv_num_blocks.tolist() == [[[2]]] and block.full_kv_num_blocks.tolist() == [[[0]]]
+
+
+def test_padding_is_no_document_of_its_own_in_a_union() -> None:
+    mod = masks.or_masks(masks.document(torch.full((8,), -1)), masks.prefix(1))
+    block = masks.block_mask(mod, q_len=8, kv_len=8, block_size=4)
+    assert block.kv_num_blocks.tolist() == [[[1, 1]]] and block.full_kv_num_blocks.sum() == 0
 
 
 def test_same_tables_as_torch() -> None:

@@ -1,7 +1,7 @@
 """BlockMasks from tile geometry: FlexAttention's tables of the key tiles that each query tile visits, and the reverse.
 
 Definition: a tile is visited iff it may hold a visible pair; it is visited without evaluating the mask mod iff it holds
-nothing else. Source: FlexAttention (Dong et al. 2024, arXiv 2412.05496), section 3.3. `create_block_mask` of torch
+nothing else. Source: FlexAttention (Dong et al. 2024, arXiv 2412.05496). `create_block_mask` of torch
 gets the same tables, or tighter ones, from the mask mod's value on every pair.
 """
 

@@ -1,7 +1,7 @@
 """Documents: packed sequences do not see one another.
 
 Definition: a query sees a key iff both carry the same id, and it is not -1 (padding, which sees nothing and is seen by
-nothing). Source: sequence packing (Krell et al. 2021, arXiv 2107.02027), section 3.2.3. Ids need not be sorted; where
+nothing). Source: sequence packing (Krell et al. 2021, arXiv 2107.02027). Ids need not be sorted; where
 they are, the tiles are exact but for their edges.
 """
 
