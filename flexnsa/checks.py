@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from flexnsa_masks import MaskMod, ScoreMod
 
 _debug = contextvars.ContextVar("flexnsa_debug", default=False)
 
@@ -125,3 +128,32 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; pass None for head_dim ** -0.5")
     return float(scale)
+
+
+def check_mask_mod(mask_mod: MaskMod | None) -> None:
+    """``mask_mod`` takes the four arguments of a FlexAttention mask mod.
+
+    Raises:
+        TypeError: it cannot be called so.
+    """
+    if mask_mod is not None:
+        _check_arity("mask_mod", mask_mod, ("b", "h", "q_idx", "kv_idx"))
+
+
+def check_score_mod(score_mod: ScoreMod | None) -> None:
+    """``score_mod`` takes the five arguments of a FlexAttention score mod.
+
+    Raises:
+        TypeError: it cannot be called so.
+    """
+    if score_mod is not None:
+        _check_arity("score_mod", score_mod, ("score", "b", "h", "q_idx", "kv_idx"))
+
+
+def _check_arity(name: str, mod: Callable[..., Tensor], arguments: tuple[str, ...]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    try:
+        inspect.signature(mod).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name} must be callable as {name}({', '.join(arguments)}): {error}") from None

@@ -19,6 +19,7 @@ from flexnsa.selected import selected_attention
 from flexnsa.selection import select_blocks
 from flexnsa.types import KV, AttentionOutput, Selection
 from flexnsa.window import window_attention
+from flexnsa_masks import MaskMod, ScoreMod
 
 
 @dataclass
@@ -31,6 +32,7 @@ class AttentionContext:
         num_tokens: KV tokens tk: the longest of the branches' sequences.
         positions: absolute positions of the queries, or None.
         documents: document of each KV token, or None.
+        mask_mod: what replaces causality in every branch, or None.
         impl: the engine asked for.
         selector: makes the selection when it is first asked for.
         outputs: what the branches before this one returned, by name.
@@ -43,6 +45,7 @@ class AttentionContext:
     num_tokens: int
     positions: Tensor | None
     documents: Tensor | None
+    mask_mod: MaskMod | None
     impl: Impl
     selector: Selector | None
     outputs: dict[str, AttentionOutput] = field(default_factory=dict)
@@ -52,8 +55,13 @@ class AttentionContext:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments that every stage function takes: positions, documents and impl."""
-        return {"positions": self.positions, "documents": self.documents, "impl": self.impl}
+        """The keyword arguments that every stage function takes: positions, documents, mask_mod and impl."""
+        return {
+            "positions": self.positions,
+            "documents": self.documents,
+            "mask_mod": self.mask_mod,
+            "impl": self.impl,
+        }
 
     @property
     def selection(self) -> Selection:
@@ -100,39 +108,48 @@ class Selector(Protocol):
 class CompressedBranch(nn.Module):
     """Attention to compressed tokens, made here by ``compressor``, or given where that is None."""
 
-    def __init__(self, config: NSAConfig, compressor: Compressor | None = None, *, scale: float | None = None):
+    def __init__(
+        self,
+        config: NSAConfig,
+        compressor: Compressor | None = None,
+        *,
+        scale: float | None = None,
+        score_mod: ScoreMod | None = None,
+    ):
         super().__init__()
-        self.config, self.compressor, self.scale = config, compressor, scale
+        self.config, self.compressor, self.scale, self.score_mod = config, compressor, scale, score_mod
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
         """See ``compressed_attention``."""
         k, v = compress(self.compressor, k, v, self.config, documents=context.documents)
         context.attended[context.branch] = (k, v)
-        return compressed_attention(q, k, v, self.config, scale=self.scale, **context.options)
+        return compressed_attention(q, k, v, self.config, scale=self.scale, score_mod=self.score_mod, **context.options)
 
 
 class SelectedBranch(nn.Module):
     """Attention to the blocks that the composition's selector chose."""
 
-    def __init__(self, config: NSAConfig, *, scale: float | None = None):
+    def __init__(self, config: NSAConfig, *, scale: float | None = None, score_mod: ScoreMod | None = None):
         super().__init__()
-        self.config, self.scale = config, scale
+        self.config, self.scale, self.score_mod = config, scale, score_mod
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
         """See ``selected_attention``."""
-        return selected_attention(q, k, v, context.selection, self.config, scale=self.scale, **context.options)
+        return selected_attention(
+            q, k, v, context.selection, self.config, scale=self.scale, score_mod=self.score_mod, **context.options
+        )
 
 
 class WindowBranch(nn.Module):
     """Attention to the last ``config.window`` keys."""
 
-    def __init__(self, config: NSAConfig, *, scale: float | None = None):
+    def __init__(self, config: NSAConfig, *, scale: float | None = None, score_mod: ScoreMod | None = None):
         super().__init__()
-        self.config, self.scale = config, scale
+        self.config, self.scale, self.score_mod = config, scale, score_mod
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
         """See ``window_attention``."""
-        return window_attention(q, k, v, self.config, scale=self.scale, **context.options)
+        return window_attention(q, k, v, self.config, scale=self.scale, score_mod=self.score_mod, **context.options)
 
 
 class ImportanceSelector(nn.Module):
@@ -142,11 +159,19 @@ class ImportanceSelector(nn.Module):
         config: the geometry.
         branch: name of the compressed branch, which must come before the first branch that reads the selection.
         scale: that branch's softmax scale.
+        score_mod: that branch's score mod.
     """
 
-    def __init__(self, config: NSAConfig, *, branch: str = "compressed", scale: float | None = None):
+    def __init__(
+        self,
+        config: NSAConfig,
+        *,
+        branch: str = "compressed",
+        scale: float | None = None,
+        score_mod: ScoreMod | None = None,
+    ):
         super().__init__()
-        self.config, self.branch, self.scale = config, branch, scale
+        self.config, self.branch, self.scale, self.score_mod = config, branch, scale, score_mod
 
     def select(self, q: Tensor, context: AttentionContext) -> Selection:
         """See ``select_blocks``."""
@@ -158,6 +183,7 @@ class ImportanceSelector(nn.Module):
             self.config,
             num_tokens=context.num_tokens,
             scale=self.scale,
+            score_mod=self.score_mod,
             **context.options,
         )
 
@@ -215,6 +241,7 @@ class SparseAttention(nn.Module):
         *,
         positions: Int[Tensor, "*b tq"] | None = None,
         documents: Int[Tensor, "b tk"] | None = None,
+        mask_mod: MaskMod | None = None,
     ) -> Float[Tensor, "b hq tq dv"]:
         """Attend with every branch and mix.
 
@@ -224,6 +251,8 @@ class SparseAttention(nn.Module):
             x: what the gate is made from, ``[b, tq, dim]``.
             positions: int64 ``[tq]`` or ``[b, tq]``, None where ``tq == tk``.
             documents: int ``[b, tk]``, -1 for padding.
+            mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality, held by
+                every branch: a compressed token is visible iff all its tokens are, a block is a candidate iff any is.
 
         Returns:
             ``[b, hq, tq, dv]``.
@@ -235,7 +264,7 @@ class SparseAttention(nn.Module):
             raise ValueError(f"kv must have the branches' names {sorted(self.branches)}, got {sorted(kv)}")
         checks.check_tensor("q", q, "b hq tq d")
         num_tokens = max(k.shape[2] for k, _ in kv.values())
-        context = AttentionContext(q, x, num_tokens, positions, documents, self.impl, self.selector)
+        context = AttentionContext(q, x, num_tokens, positions, documents, mask_mod, self.impl, self.selector)
         for name, branch in self.branches.items():
             context.branch = name
             output = branch.attend(q, *kv[name], context)

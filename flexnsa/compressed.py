@@ -9,6 +9,7 @@ from flexnsa import checks, engines, flex, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
 from flexnsa.types import AttentionOutput
+from flexnsa_masks import MaskMod, ScoreMod
 
 
 def compressed_attention(
@@ -20,6 +21,8 @@ def compressed_attention(
     scale: float | None = None,
     positions: Int[Tensor, "*b tq"] | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
+    mask_mod: MaskMod | None = None,
+    score_mod: ScoreMod | None = None,
     impl: engines.Impl = "auto",
 ) -> AttentionOutput:
     """Attention of each query to the compressed tokens all of whose tokens it sees.
@@ -34,6 +37,9 @@ def compressed_attention(
         scale: softmax scale, None for ``d ** -0.5``.
         positions: int64 ``[tq]`` or ``[b, tq]``, absolute positions of the queries, None for ``0 .. tq-1``.
         documents: int ``[b, tk]``, document of each KV token, -1 for padding.
+        mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
+        score_mod: FlexAttention score mod over absolute token numbers and query heads; a compressed token stands
+            where its last token does.
         impl: the engine.
 
     Returns:
@@ -44,8 +50,27 @@ def compressed_attention(
         NotImplementedError: the engine asked for cannot run this call.
     """
     checks.check_qkv(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), k_axis="c")
+    checks.check_score_mod(score_mod)
     scale = checks.resolve_scale(scale, q.shape[-1])
-    table = query_table(q, config, num_tokens=None, positions=positions, documents=documents)
-    if engines.choose(impl, "compressed", q, k_cmp, v_cmp).engine == "flex":
-        return flex.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale)
-    return reference.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None)
+    table = query_table(q, config, num_tokens=None, positions=positions, documents=documents, mask_mod=mask_mod)
+    _check_count(q, k_cmp, config, positions, documents)
+    modified = mask_mod is not None or score_mod is not None
+    if engines.choose(impl, "compressed", q, k_cmp, v_cmp, mods=modified).engine == "flex":
+        return flex.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale, score_mod=score_mod)
+    return reference.compressed_attention(
+        q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
+    )
+
+
+def _check_count(
+    q: Tensor, k_cmp: Tensor, config: NSAConfig, positions: Tensor | None, documents: Tensor | None
+) -> None:
+    """As many compressed tokens as the KV tokens make, wherever the call says how many those are."""
+    if documents is None and positions is not None:
+        return
+    tokens = q.shape[2] if documents is None else documents.shape[1]
+    if k_cmp.shape[2] != config.num_compressed(tokens):
+        raise ValueError(
+            f"k_cmp must hold {config.num_compressed(tokens)} compressed tokens for {tokens} KV tokens, got "
+            f"{k_cmp.shape[2]}; compress with the same config, or pass positions="
+        )

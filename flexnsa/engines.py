@@ -41,8 +41,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(impl: Impl, stage: Stage, *tensors: Tensor) -> Choice:
-    """The engine of one stage for inputs like ``tensors``.
+def choose(impl: Impl, stage: Stage, *tensors: Tensor, mods: bool = False) -> Choice:
+    """The engine of one stage for inputs like ``tensors``; ``mods`` where a mask mod or a score mod changes it.
 
     Raises:
         ValueError: ``impl`` is unknown.
@@ -51,13 +51,13 @@ def choose(impl: Impl, stage: Stage, *tensors: Tensor) -> Choice:
     if impl == "auto":
         obstacles: list[str] = []
         for candidate in ENGINES:
-            obstacle = _auto_obstacle(candidate, tensors)
+            obstacle = _auto_obstacle(candidate, tensors, mods)
             if obstacle is None:
                 return Choice(stage, *_part(candidate, stage, tensors[0], "; ".join(obstacles) or "the fastest"))
             obstacles.append(f"{candidate}: {obstacle}")
     if impl not in ENGINES:
         raise ValueError(f'impl must be one of "auto", {", ".join(map(repr, ENGINES))}, got {impl!r}')
-    obstacle = _obstacle(impl, tensors)
+    obstacle = _obstacle(impl, tensors, mods)
     if obstacle is not None:
         raise NotImplementedError(
             f'impl="{impl}" cannot run the {stage} stage: {obstacle}; use impl="auto" or impl="reference"'
@@ -65,8 +65,10 @@ def choose(impl: Impl, stage: Stage, *tensors: Tensor) -> Choice:
     return Choice(stage, *_part(impl, stage, tensors[0], "asked for"))
 
 
-def explain(*tensors: Tensor, impl: Impl = "auto") -> list[Choice]:
+def explain(*tensors: Tensor, impl: Impl = "auto", mods: bool = False) -> list[Choice]:
     """Which engine each stage takes for inputs like ``tensors`` (q, and k, v where at hand), and why.
+
+    ``mods`` says that a mask mod or a score mod is given.
 
     >>> for choice in explain(torch.zeros(1, 2, 8, 16)):
     ...     print(choice.stage, choice.engine)
@@ -80,7 +82,7 @@ def explain(*tensors: Tensor, impl: Impl = "auto") -> list[Choice]:
         NotImplementedError: ``impl`` names an engine that cannot run such a call.
     """
     stages: tuple[Stage, ...] = ("compressed", "selection", "selected", "window")
-    return [choose(impl, stage, *tensors) for stage in stages]
+    return [choose(impl, stage, *tensors, mods=mods) for stage in stages]
 
 
 def _part(engine: Engine, stage: Stage, q: Tensor, reason: str) -> tuple[Engine, str]:
@@ -93,16 +95,18 @@ def _part(engine: Engine, stage: Stage, q: Tensor, reason: str) -> tuple[Engine,
     return engine, reason
 
 
-def _auto_obstacle(engine: Engine, tensors: tuple[Tensor, ...]) -> str | None:
+def _auto_obstacle(engine: Engine, tensors: tuple[Tensor, ...], mods: bool) -> str | None:
     if engine != "reference" and tensors[0].device.type != "cuda":
         return f"not chosen on {tensors[0].device.type}"
-    return _obstacle(engine, tensors)
+    return _obstacle(engine, tensors, mods)
 
 
-def _obstacle(engine: Engine, tensors: tuple[Tensor, ...]) -> str | None:
+def _obstacle(engine: Engine, tensors: tuple[Tensor, ...], mods: bool) -> str | None:
     """Why ``engine`` cannot run the call, or None."""
     if engine == "reference":
         return None
+    if engine == "triton" and mods:
+        return "its kernels take no mask_mod or score_mod"
     return _flex_obstacle(tensors) if engine == "flex" else _triton_obstacle(tensors)
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, FlexKernelOptions, flex_attention
 
 from flexnsa.config import NSAConfig
-from flexnsa.layout import QueryTable
+from flexnsa.layout import QueryTable, compressed_starts
 from flexnsa.types import AttentionOutput, Selection
-from flexnsa_masks import and_masks, block_mask, key_range, selected
+from flexnsa.visibility import at_last_token, compressed_mask
+from flexnsa_masks import MaskMod, ScoreMod, and_masks, at_positions, block_mask, key_range, selected
 
 # The membership lookup is pipelined with K and V: at the three stages of FlexAttention the backward is 1 KiB too
 # large for an H200's shared memory (bf16, d = 128).
@@ -35,11 +36,20 @@ def compressed_attention(
     config: NSAConfig,
     *,
     scale: float,
+    score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
     """Attention to the compressed tokens that end at or before the query (Eq. 7)."""
     if k_cmp.shape[2] == 0:  # FlexAttention cannot index keys of length 0: one that nobody sees stands in.
         k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 1)) for x in (k_cmp, v_cmp))
-    return _attend(q, k_cmp, v_cmp, key_range(*table.compressed_range(config)), scale)
+        table = table._replace(visible=None)
+    starts = compressed_starts(table.documents, config)
+    if table.visible is None:
+        mask_mod = key_range(*table.compressed_range(config))
+    else:
+        mask_mod = at_positions(compressed_mask(table.visible, starts, config), table.position)
+    if score_mod is not None:
+        score_mod = _placed(at_last_token(score_mod, starts, config), table, group=1)
+    return _attend(q, k_cmp, v_cmp, mask_mod, score_mod, scale)
 
 
 def window_attention(
@@ -50,9 +60,13 @@ def window_attention(
     config: NSAConfig,
     *,
     scale: float,
+    score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
     """Attention to the last ``window`` keys (section 3.3.3)."""
-    return _attend(q, k, v, key_range(*table.window_range(config)), scale)
+    mask_mod = key_range(*table.window_range(config))
+    if table.visible is not None:
+        mask_mod = and_masks(mask_mod, at_positions(table.visible, table.position))
+    return _attend(q, k, v, mask_mod, None if score_mod is None else _placed(score_mod, table, group=1), scale)
 
 
 def selected_attention(
@@ -64,8 +78,9 @@ def selected_attention(
     config: NSAConfig,
     *,
     scale: float,
+    score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
-    """Attention to the causal tokens of the selected blocks (Eq. 11 and 12).
+    """Attention to the visible tokens of the selected blocks (Eq. 11 and 12).
 
     The heads of a group share their blocks, so they are folded into the query axis (row = token * g + head): a tile of
     rows then spans few tokens, and the union of their blocks stays small.
@@ -78,20 +93,59 @@ def selected_attention(
         start=table.start if table.packed else None,
         group=group,
     )
-    causal = key_range(*table.causal_range(), group=group)
+    if table.visible is None:
+        seen = key_range(*table.causal_range(), group=group)
+    else:
+        seen = _placed_mask(table.visible, table, group)
+    if score_mod is not None:
+        score_mod = _placed(score_mod, table, group)
     rows = rearrange(q, "b (hk g) t d -> b hk (t g) d", g=group)
-    mask_mod, (batch, heads) = and_masks(member, causal), k.shape[:2]
-    out, lse = _attend(rows, k, v, mask_mod, scale, batch=batch, heads=heads, options=SELECTED_OPTIONS)
+    mask_mod, (batch, heads) = and_masks(member, seen), k.shape[:2]
+    out, lse = _attend(rows, k, v, mask_mod, score_mod, scale, batch=batch, heads=heads, options=SELECTED_OPTIONS)
     return AttentionOutput(
         rearrange(out, "b hk (t g) d -> b (hk g) t d", g=group), rearrange(lse, "b hk (t g) -> b (hk g) t", g=group)
     )
+
+
+def _place(table: QueryTable, group: int) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """``(b, h, row) -> (query head, position)`` where the heads of a group are folded into the query axis."""
+    shared = table.position.shape[0] == 1
+
+    def place(b: Tensor, h: Tensor, q_idx: Tensor) -> tuple[Tensor, Tensor]:
+        row = q_idx.to(torch.int64)
+        return h * group + row % group, table.position[torch.zeros_like(b) if shared else b, row // group]
+
+    return place
+
+
+def _placed_mask(mask_mod: MaskMod, table: QueryTable, group: int) -> MaskMod:
+    """A mask mod over query heads and positions, asked about folded rows. It carries no geometry."""
+    place = _place(table, group)
+
+    def placed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        head, position = place(b, h, q_idx)
+        return (position >= 0) & mask_mod(b, head, position.clamp(min=0), kv_idx)
+
+    return placed
+
+
+def _placed(score_mod: ScoreMod, table: QueryTable, group: int) -> ScoreMod:
+    """A score mod over query heads and positions, asked about folded rows."""
+    place = _place(table, group)
+
+    def placed(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        head, position = place(b, h, q_idx)
+        return score_mod(score, b, head, position.clamp(min=0), kv_idx)
+
+    return placed
 
 
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask_mod: Callable[..., Tensor],
+    mask_mod: MaskMod,
+    score_mod: ScoreMod | None,
     scale: float,
     *,
     batch: int | None = None,
@@ -105,6 +159,7 @@ def _attend(
         q,
         k,
         v,
+        score_mod=score_mod,
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],

@@ -8,6 +8,7 @@ from torch import Tensor
 from flexnsa import checks, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
+from flexnsa_masks import MaskMod, ScoreMod
 
 
 def block_importance(
@@ -20,6 +21,8 @@ def block_importance(
     scale: float | None = None,
     positions: Int[Tensor, "*b tq"] | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
+    mask_mod: MaskMod | None = None,
+    score_mod: ScoreMod | None = None,
 ) -> Float[Tensor, "b hk tq s"]:
     """Importance of every block, for inspection and tests: the whole ``tq x s`` table, which selection never stores.
 
@@ -35,6 +38,9 @@ def block_importance(
         scale: softmax scale of the compressed branch, None for ``d ** -0.5``.
         positions: int64 ``[tq]`` or ``[b, tq]``, None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, -1 for padding; block ids then count from the document's start.
+        mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
+        score_mod: FlexAttention score mod over absolute token numbers and query heads, that of the compressed
+            branch.
 
     Returns:
         ``[b, hk, tq, s]``, float32, or float64 for float64 inputs.
@@ -43,7 +49,8 @@ def block_importance(
         ValueError: the arguments do not fit one another.
     """
     check_scoring(q, k_cmp, lse, config, num_tokens)
-    table = query_table(q, config, num_tokens=num_tokens, positions=positions, documents=documents)
+    checks.check_score_mod(score_mod)
+    table = query_table(q, config, num_tokens=num_tokens, positions=positions, documents=documents, mask_mod=mask_mod)
     return reference.block_importance(
         q,
         k_cmp,
@@ -52,6 +59,7 @@ def block_importance(
         config,
         num_blocks=config.num_blocks(num_tokens),
         scale=checks.resolve_scale(scale, q.shape[-1]),
+        score_mod=score_mod,
     )
 
 

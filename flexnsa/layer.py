@@ -17,6 +17,7 @@ from flexnsa.gating import SigmoidGate
 from flexnsa.layout import check_documents, compressed_starts, document_starts
 from flexnsa.rotary import rotate
 from flexnsa.types import KV, BranchKV
+from flexnsa_masks import MaskMod
 
 BRANCHES = BranchKV._fields
 
@@ -88,13 +89,18 @@ class NativeSparseAttention(nn.Module):
         )
 
     def forward(
-        self, x: Float[Tensor, "b t dim"], *, documents: Int[Tensor, "b t"] | None = None
+        self,
+        x: Float[Tensor, "b t dim"],
+        *,
+        documents: Int[Tensor, "b t"] | None = None,
+        mask_mod: MaskMod | None = None,
     ) -> Float[Tensor, "b t dim"]:
-        """Attend causally within each row, or within each document of it.
+        """Attend causally within each row, or within each document of it; or as ``mask_mod`` says.
 
         Args:
             x: ``[b, t, dim]``.
             documents: int ``[b, t]``, non-decreasing ids of packed documents, -1 for padding, which outputs 0.
+            mask_mod: FlexAttention mask mod over tokens and query heads, in place of causality in every branch.
 
         Returns:
             ``[b, t, dim]``.
@@ -103,7 +109,7 @@ class NativeSparseAttention(nn.Module):
             ValueError: the arguments do not fit.
         """
         q, kv = self.project(x, documents=documents)
-        out = self.attention(q, kv._asdict(), _without_padding(x, documents), documents=documents)
+        out = self.attention(q, kv._asdict(), _without_padding(x, documents), documents=documents, mask_mod=mask_mod)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
     def project(

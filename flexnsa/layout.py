@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from flexnsa.checks import values_are_checked
+from flexnsa.checks import check_mask_mod, values_are_checked
 from flexnsa.config import NSAConfig
+from flexnsa_masks import MaskMod, and_masks, document
 
 
 class KeyRange(NamedTuple):
@@ -32,13 +33,20 @@ class QueryTable(NamedTuple):
         position: absolute token number, -1 for a query that is padding.
         start: first token of the query's document, 0 without documents.
         offset: index of that document's first compressed token, 0 without documents.
-        packed: whether documents were given, so that start and offset may differ from 0.
+        documents: document of each KV token, or None.
+        visible: mask mod over absolute token numbers that replaces causality, documents included, or None.
     """
 
     position: Int64[Tensor, "b tq"]
     start: Int64[Tensor, "b tq"]
     offset: Int64[Tensor, "b tq"]
-    packed: bool
+    documents: Int[Tensor, "b tk"] | None = None
+    visible: MaskMod | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether documents were given, so that start and offset may differ from 0."""
+        return self.documents is not None
 
     def causal_range(self) -> KeyRange:
         """Tokens of the query's document up to itself."""
@@ -55,8 +63,8 @@ class QueryTable(NamedTuple):
 
     def slice(self, queries: slice) -> QueryTable:
         """The table of some of the queries."""
-        return QueryTable(
-            self.position[:, queries], self.start[:, queries], self.offset[:, queries], packed=self.packed
+        return self._replace(
+            position=self.position[:, queries], start=self.start[:, queries], offset=self.offset[:, queries]
         )
 
 
@@ -96,6 +104,7 @@ def query_table(
     num_tokens: int | None,
     positions: Int[Tensor, "*b tq"] | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
+    mask_mod: MaskMod | None = None,
 ) -> QueryTable:
     """The table of the queries of ``q`` ``[b, hq, tq, d]``.
 
@@ -105,17 +114,19 @@ def query_table(
         num_tokens: tk, or None where the caller cannot know it (compressed keys alone do not fix it).
         positions: int64 ``[tq]`` or ``[b, tq]``, strictly increasing, in ``0 .. tk-1``; None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, non-decreasing ids, -1 for padding on either side.
+        mask_mod: FlexAttention mask mod over absolute token numbers, in place of causality.
 
     Raises:
-        ValueError: positions or documents do not fit.
+        ValueError: positions, documents or mask_mod do not fit.
     """
+    check_mask_mod(mask_mod)
     if documents is not None:
         num_tokens = documents.shape[-1] if num_tokens is None else num_tokens
         check_documents(documents, q, num_tokens)
-    position = _resolve_positions(positions, q, num_tokens)
+    position = resolve_positions(positions, q, num_tokens)
     if documents is None:
         zero = torch.zeros_like(position)
-        return QueryTable(position, zero, zero, packed=False)
+        return QueryTable(position, zero, zero, visible=mask_mod)
     # Indices out of range are refused above where values may be read; elsewhere they must at least stay in memory.
     at = position.clamp(0, documents.shape[1] - 1).expand(documents.shape[0], -1)
     real = documents.gather(1, at) >= 0
@@ -126,7 +137,8 @@ def query_table(
         position.masked_fill(~real, -1),
         start.gather(1, at),
         offset.gather(1, at),
-        packed=True,
+        documents,
+        None if mask_mod is None else and_masks(mask_mod, document(documents)),
     )
 
 
@@ -179,7 +191,8 @@ def _complete_blocks(documents: Tensor, start: Tensor, config: NSAConfig) -> Ten
     return same & (end < tokens) & (documents >= 0) & ((index - start) % config.compress_stride == 0)
 
 
-def _resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | None) -> Tensor:
+def resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | None) -> Tensor:
+    """Positions as int64 ``[b|1, tq]``, checked against the queries, and against tk where the caller knows it."""
     batch, queries = q.shape[0], q.shape[2]
     if positions is None:
         if num_tokens is not None and num_tokens != queries:

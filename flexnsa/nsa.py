@@ -13,11 +13,12 @@ from flexnsa.compression import Compressor, compress
 from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
 from flexnsa.gating import combine
-from flexnsa.layout import check_documents
+from flexnsa.layout import check_documents, resolve_positions
 from flexnsa.selected import selected_attention
 from flexnsa.selection import select_blocks
 from flexnsa.types import BranchKV, Selection
 from flexnsa.window import window_attention
+from flexnsa_masks import MaskMod
 
 
 def native_sparse_attention(
@@ -31,6 +32,7 @@ def native_sparse_attention(
     positions: Int[Tensor, "*b tq"] | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
     selection: Selection | None = None,
+    mask_mod: MaskMod | None = None,
     impl: Impl = "auto",
 ) -> Float[Tensor, "b hq tq dv"]:
     """Compressed, selected and window attention, mixed by gates.
@@ -54,6 +56,7 @@ def native_sparse_attention(
             tokens; None where ``tq == tk``.
         documents: int ``[b, tk]``, non-decreasing document ids of packed rows, -1 for padding, which outputs 0.
         selection: blocks to attend to instead of the most important ones: replays a choice.
+        mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
         impl: ``"auto"``, ``"triton"``, ``"flex"`` or ``"reference"``.
 
     Returns:
@@ -64,8 +67,15 @@ def native_sparse_attention(
         NotImplementedError: the engine asked for cannot run this call.
     """
     _check(q, kv, gates, compressor, documents)
-    options: dict[str, Any] = {"scale": scale, "positions": positions, "documents": documents, "impl": impl}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "positions": positions,
+        "documents": documents,
+        "mask_mod": mask_mod,
+        "impl": impl,
+    }
     num_tokens = kv.selected[0].shape[2]
+    resolve_positions(positions, q, num_tokens)  # refused here, since compressed tokens alone do not tell tk
 
     k_cmp, v_cmp = compress(compressor, *kv.compressed, config, documents=documents)
     compressed = compressed_attention(q, k_cmp, v_cmp, config, **options)

@@ -10,6 +10,7 @@ from flexnsa import checks, engines, flex, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
 from flexnsa.types import AttentionOutput, Selection
+from flexnsa_masks import MaskMod, ScoreMod
 
 
 def selected_attention(
@@ -22,6 +23,8 @@ def selected_attention(
     scale: float | None = None,
     positions: Int[Tensor, "*b tq"] | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
+    mask_mod: MaskMod | None = None,
+    score_mod: ScoreMod | None = None,
     impl: engines.Impl = "auto",
 ) -> AttentionOutput:
     """Attention of each query to the tokens of its selected blocks, up to itself.
@@ -35,6 +38,8 @@ def selected_attention(
         scale: softmax scale, None for ``d ** -0.5``.
         positions: int64 ``[tq]`` or ``[b, tq]``, absolute positions of the queries, None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, document of each KV token, -1 for padding; block ids count from its start.
+        mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
+        score_mod: FlexAttention score mod over absolute token numbers and query heads.
         impl: the engine.
 
     Returns:
@@ -46,9 +51,11 @@ def selected_attention(
     """
     checks.check_qkv(q, k, v)
     check_selection(selection, q, k, config)
+    checks.check_score_mod(score_mod)
     scale = checks.resolve_scale(scale, q.shape[-1])
-    table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents)
-    engine = engines.choose(impl, "selected", q, k, v).engine
+    table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents, mask_mod=mask_mod)
+    modified = mask_mod is not None or score_mod is not None
+    engine = engines.choose(impl, "selected", q, k, v, mods=modified).engine
     if engine == "triton":
         from flexnsa.kernels.selected import selected_attention as kernel  # imports triton
 
@@ -57,8 +64,10 @@ def selected_attention(
             *kernel(q, k, v, selection.indices, table.position, table.start, select_block=block, scale=scale)
         )
     if engine == "flex":
-        return flex.selected_attention(q, k, v, selection, table, config, scale=scale)
-    return reference.selected_attention(q, k, v, selection, table, config, scale=scale, ordered=positions is None)
+        return flex.selected_attention(q, k, v, selection, table, config, scale=scale, score_mod=score_mod)
+    return reference.selected_attention(
+        q, k, v, selection, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
+    )
 
 
 def check_selection(selection: Selection, q: Tensor, k: Tensor, config: NSAConfig) -> None:

@@ -10,6 +10,7 @@ from flexnsa.config import NSAConfig
 from flexnsa.importance import check_scoring
 from flexnsa.layout import query_table
 from flexnsa.types import Selection
+from flexnsa_masks import MaskMod, ScoreMod
 
 
 def select_blocks(
@@ -22,6 +23,8 @@ def select_blocks(
     scale: float | None = None,
     positions: Int[Tensor, "*b tq"] | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
+    mask_mod: MaskMod | None = None,
+    score_mod: ScoreMod | None = None,
     impl: engines.Impl = "auto",
 ) -> Selection:
     """The forced blocks and the most important others, one choice for all heads of a KV group.
@@ -38,6 +41,9 @@ def select_blocks(
         scale: softmax scale of the compressed branch, None for ``d ** -0.5``.
         positions: int64 ``[tq]`` or ``[b, tq]``, None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, -1 for padding; block ids then count from the document's start.
+        mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
+        score_mod: FlexAttention score mod over absolute token numbers and query heads, that of the compressed
+            branch.
         impl: the engine; ``flex`` scores in plain torch, a chunk of queries at a time, as ``reference`` does.
 
     Returns:
@@ -48,10 +54,12 @@ def select_blocks(
         NotImplementedError: the engine asked for cannot run this call.
     """
     check_scoring(q, k_cmp, lse, config, num_tokens)
+    checks.check_score_mod(score_mod)
     scale = checks.resolve_scale(scale, q.shape[-1])
-    table = query_table(q, config, num_tokens=num_tokens, positions=positions, documents=documents)
+    table = query_table(q, config, num_tokens=num_tokens, positions=positions, documents=documents, mask_mod=mask_mod)
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
-    if engines.choose(impl, "selection", q, k_cmp).engine == "triton":
+    modified = mask_mod is not None or score_mod is not None
+    if engines.choose(impl, "selection", q, k_cmp, mods=modified).engine == "triton":
         from flexnsa.kernels.scoring import select_blocks as kernel  # imports triton
 
         indices = kernel(
@@ -71,4 +79,6 @@ def select_blocks(
             scale=scale,
         )
         return Selection(indices)
-    return reference.select_blocks(q, k_cmp, lse, table, config, num_blocks=config.num_blocks(num_tokens), scale=scale)
+    return reference.select_blocks(
+        q, k_cmp, lse, table, config, num_tokens=num_tokens, scale=scale, score_mod=score_mod
+    )

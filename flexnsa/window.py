@@ -9,6 +9,7 @@ from flexnsa import checks, engines, flex, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
 from flexnsa.types import AttentionOutput
+from flexnsa_masks import MaskMod, ScoreMod
 
 
 def window_attention(
@@ -20,6 +21,8 @@ def window_attention(
     scale: float | None = None,
     positions: Int[Tensor, "*b tq"] | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
+    mask_mod: MaskMod | None = None,
+    score_mod: ScoreMod | None = None,
     impl: engines.Impl = "auto",
 ) -> AttentionOutput:
     """Attention of the query at position t to keys ``t - window + 1 .. t``: exactly ``window`` keys, its own included.
@@ -32,6 +35,8 @@ def window_attention(
         scale: softmax scale, None for ``d ** -0.5``.
         positions: int64 ``[tq]`` or ``[b, tq]``, absolute positions of the queries, None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, document of each KV token, -1 for padding.
+        mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
+        score_mod: FlexAttention score mod over absolute token numbers and query heads.
         impl: the engine.
 
     Returns:
@@ -42,8 +47,12 @@ def window_attention(
         NotImplementedError: the engine asked for cannot run this call.
     """
     checks.check_qkv(q, k, v)
+    checks.check_score_mod(score_mod)
     scale = checks.resolve_scale(scale, q.shape[-1])
-    table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents)
-    if engines.choose(impl, "window", q, k, v).engine == "flex":
-        return flex.window_attention(q, k, v, table, config, scale=scale)
-    return reference.window_attention(q, k, v, table, config, scale=scale, ordered=positions is None)
+    table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents, mask_mod=mask_mod)
+    modified = mask_mod is not None or score_mod is not None
+    if engines.choose(impl, "window", q, k, v, mods=modified).engine == "flex":
+        return flex.window_attention(q, k, v, table, config, scale=scale, score_mod=score_mod)
+    return reference.window_attention(
+        q, k, v, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
+    )

@@ -137,7 +137,7 @@ def test_compressor_sizes():
 
 
 POSITIONS = [
-    (torch.arange(-1, 19), "lie in 0 .. tk-1"),
+    (torch.arange(-1, 19), "must lie in 0 .. 19"),
     (torch.arange(1, 21), "must lie in 0 .. 19"),
     (torch.arange(19, -1, -1), "strictly increasing"),
     (torch.zeros(20, dtype=torch.int64), "strictly increasing"),

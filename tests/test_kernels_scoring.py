@@ -1,19 +1,19 @@
-"""Scoring and top-n in Triton against a dense float64 oracle: by the scores of the chosen sets, and exact ties by index."""
+"""Scoring and top-n in Triton against a dense float64 oracle: by the chosen sets' scores, and exact ties by index."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import Case, cases
-from flexnsa import NSAConfig
-from flexnsa.layout import QueryTable, query_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from conftest import Case, cases
+from flexnsa import NSAConfig
+from flexnsa.layout import QueryTable, query_table
 
 triton = pytest.importorskip("triton")
 from flexnsa.kernels import scoring  # noqa: E402
@@ -22,7 +22,6 @@ from flexnsa.kernels import scoring  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-4, torch.bfloat16: 1e-4}
 
 
 class Problem(NamedTuple):
@@ -113,17 +112,16 @@ def expected(p: Problem) -> Tensor:
     return torch.nn.functional.pad(best, (0, p.config.num_selected - best.shape[-1]), value=-1).int()
 
 
-def assert_selects_best(indices: Tensor, p: Problem, tolerance: float) -> None:
-    """As many as expected, ascending, left-packed, the forced ones among them, and none worse than the worst expected."""
+def assert_selects_best(indices: Tensor, p: Problem) -> None:
+    """As many blocks as expected, ascending, left-packed, with the scores of the best ones to rounding."""
     best, rank = expected(p), ranking(p)
     assert indices.shape == best.shape and indices.dtype == torch.int32
     assert torch.equal(indices >= 0, best >= 0)
     assert ((indices.diff(dim=-1) > 0) | (indices[..., 1:] < 0)).all()
-    chosen = rank.gather(-1, indices.clamp(min=0).long()).sort(dim=-1, descending=True).values
-    wanted = rank.gather(-1, best.clamp(min=0).long()).sort(dim=-1, descending=True).values
-    assert torch.equal(chosen.isinf(), wanted.isinf())
-    worst = wanted.masked_fill(best.flip(-1) < 0, torch.inf).amin(-1, keepdim=True)
-    assert ((chosen >= worst * (1 - tolerance) - 1e-30) | (indices < 0).flip(-1)).all()
+    scores = [
+        rank.gather(-1, x.clamp(min=0).long()).masked_fill(x < 0, -3).sort(dim=-1).values for x in (indices, best)
+    ]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-30)
 
 
 def random_problem(
@@ -140,11 +138,11 @@ def random_problem(
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=4, num_initial=1, num_local=1)
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(cases(groups=(1, 2, 3, 4, 6, 16)), st.sampled_from((torch.float32, torch.float16, torch.bfloat16)))
 def test_selects_the_best_blocks(case, dtype):
     p = from_case(case, dtype)
-    assert_selects_best(p.select(), p, TOLERANCE[dtype])
+    assert_selects_best(p.select(), p)
 
 
 @settings(max_examples=15)
@@ -159,36 +157,36 @@ def test_exact_ties_go_to_the_lowest_index(case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_any_head_dim(dim, dtype):
     p = random_problem(SMALL, 40, 4, 2, dim, dtype, positions=torch.tensor([3, 17, 38, 39]))
-    assert_selects_best(p.select(), p, TOLERANCE[dtype])
+    assert_selects_best(p.select(), p)
 
 
 @pytest.mark.parametrize("group", [64, 130])
 def test_large_groups_take_several_passes(group):
     p = random_problem(SMALL, 40, group, 1, 16, torch.float16, positions=torch.tensor([5, 39]))
-    assert_selects_best(p.select(), p, 1e-4)
+    assert_selects_best(p.select(), p)
 
 
-@pytest.mark.parametrize("overlap", [1, 2, 4])
-def test_scores_carry_over_from_one_tile_of_blocks_to_the_next(overlap):
-    config = NSAConfig(compress_block=overlap, compress_stride=1, select_block=4, num_selected=7)
-    p = random_problem(config, 600, 2, 1, 16, torch.float16, positions=torch.tensor([255, 256, 599]))
-    assert_selects_best(p.select(), p, 1e-4)
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_scores_carry_over_from_one_tile_of_blocks_to_the_next(overlap, monkeypatch):
+    config = NSAConfig(compress_block=overlap, compress_stride=1, select_block=2, num_selected=7)
+    p = random_problem(config, 300, 2, 1, 16, torch.float16, positions=torch.tensor([127, 128, 299]))
+    whole = p.select()
+    assert_selects_best(whole, p)
+    monkeypatch.setattr(scoring, "LEAST_SPAN", 1)
+    assert torch.equal(p.select(), whole)
 
 
 def test_queries_come_in_chunks(monkeypatch):
-    p = random_problem(SMALL, 70, 8, 2, 16, torch.float16)
+    p = random_problem(SMALL, 70, 16, 2, 16, torch.float16, positions=torch.arange(40, 70))
     whole = p.select()
     monkeypatch.setattr(scoring, "TEMPORARY_BYTES", 1)
     assert torch.equal(p.select(), whole)
 
 
 def test_strides_are_respected():
-    p = random_problem(SMALL, 24, 4, 2, 16, torch.float16)
-    far = p._replace(
-        q=p.q.transpose(1, 2).contiguous().transpose(1, 2),
-        k_cmp=torch.cat([p.k_cmp, p.k_cmp.fill_(torch.nan) * 0], -1)[..., :16] if False else p.k_cmp.mT.contiguous().mT,
-        lse=p.lse.mT.contiguous().mT,
-    )
+    p = random_problem(SMALL, 24, 4, 2, 16, torch.float16, positions=torch.tensor([1, 22, 23]))
+    q = p.q.transpose(1, 2).contiguous().transpose(1, 2)
+    far = p._replace(q=q, k_cmp=p.k_cmp.mT.contiguous().mT, lse=p.lse.mT.contiguous().mT)
     assert torch.equal(far.select(), p.select())
 
 
@@ -198,7 +196,7 @@ def test_nan_scores_rank_last_and_indices_stay_valid():
     k_cmp[:, :, 5:9] = torch.nan
     p = problem(p.q, k_cmp, SMALL, 40, lse=p.lse)
     assert p.importance.isnan().any()
-    assert_selects_best(p.select(), p, 1e-4)
+    assert_selects_best(p.select(), p)
 
 
 def test_invisible_memory_may_hold_nan():
@@ -239,3 +237,149 @@ def test_wrong_inputs_are_named():
             scoring.select_blocks(*tensors[:at], wrong, *tensors[at + 1 :], **keywords)
     with pytest.raises(ValueError, match="num_selected"):
         scoring.select_blocks(*tensors, **keywords | {"num_selected": 65})
+
+
+def on_the_gpu(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Problem, list[int]]:
+    """A long problem; its oracle covers the sampled queries alone."""
+    config, generator = NSAConfig(), torch.Generator("cuda").manual_seed(tokens)
+    compressed = config.num_compressed(tokens)
+    q, k = (
+        torch.randn(1, h, t, dim, generator=generator, device="cuda", dtype=dtype)
+        for h, t in ((heads, tokens), (kv_heads, compressed))
+    )
+    lse = torch.full((1, heads, tokens), 4.0, device="cuda")
+    sample = sorted({0, 31, 63, 64, 1000, tokens // 2 + 5, tokens - 65, tokens - 1})
+    oracle = problem(
+        q[:, :, sample].cpu(), k.cpu(), config, tokens, lse[:, :, sample].cpu(), positions=torch.tensor(sample)
+    )
+    return oracle._replace(q=q, k_cmp=k, lse=lse), sample
+
+
+def select_all(p: Problem) -> Tensor:
+    """Every query of a long problem, on the GPU."""
+    position = torch.arange(p.tokens, device="cuda")[None]
+    table = QueryTable(position, position * 0, position * 0, packed=False)
+    tensors, keywords = p._replace(table=table).arguments
+    return scoring.select_blocks(*tensors, **keywords)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [65536, 131072])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(64, 4), (16, 4)])
+def test_long_sequences(tokens, heads, kv_heads):
+    p, sample = on_the_gpu(tokens, heads, kv_heads, 128, torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    indices = select_all(p)
+    assert torch.cuda.max_memory_allocated() - before - indices.nbytes < 512 << 20
+    assert_selects_best(indices[:, :, sample].cpu(), p)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_every_run_whatever_memory_held_before():
+    p, _ = on_the_gpu(8192, 16, 4, 128, torch.bfloat16)
+    first = select_all(p)
+    assert all(torch.equal(select_all(p), first) for _ in range(20))
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    poisoned = select_all(p)
+    torch.use_deterministic_algorithms(False)
+    assert torch.equal(poisoned, first)
+
+
+@pytest.mark.gpu
+def test_runs_in_a_cuda_graph():
+    p, _ = on_the_gpu(4096, 16, 4, 64, torch.float16)
+    first, graph = select_all(p), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        indices = select_all(p)
+    indices.zero_()
+    graph.replay()
+    assert torch.equal(indices, first)
+
+
+@pytest.mark.gpu
+def test_compiles_for_any_length_without_a_break():
+    compiled = torch.compile(select_all, fullgraph=True, dynamic=True)
+    for tokens in (1024, 2000):
+        p, _ = on_the_gpu(tokens, 4, 2, 64, torch.float16)
+        assert torch.equal(compiled(p), select_all(p))
+
+
+@pytest.mark.gpu
+def test_a_packed_row_equals_its_documents_alone():
+    lengths = [1000, 31, 700, 5, 64, 300]
+    documents = torch.arange(6).repeat_interleave(torch.tensor(lengths))[None]
+    p, _ = on_the_gpu(2100, 16, 2, 64, torch.float16)
+    table = query_table(p.q.cpu()[..., :1], p.config, num_tokens=2100, documents=documents)
+    packed, first = p._replace(table=table).select(), 0
+    for length in lengths:
+        rows, offset = slice(first, first + length), int(table.offset[0, first])
+        keys = slice(offset, offset + p.config.num_compressed(length))
+        alone = p._replace(
+            q=p.q[:, :, rows], k_cmp=p.k_cmp[:, :, keys], lse=p.lse[:, :, rows], tokens=length,
+            table=QueryTable(torch.arange(length)[None], *torch.zeros(2, 1, length, dtype=torch.int64), packed=False),
+        )  # fmt: skip
+        assert torch.equal(alone.select(), packed[:, :, rows])
+        first += length
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flexnsa.kernels import scoring, topn
+import torch
+
+def build(function, constants, capability, warps, stages, registers=None):
+    pointers = dict.fromkeys(("position", "start", "offset"), "*i64") | dict.fromkeys(("lse", "importance"), "*fp32")
+    pointers |= dict.fromkeys(("q", "k_cmp"), constants.pop("dtype", "")) | {"indices": "*i32"}
+    signature, fixed, attrs = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants or name in ("q_dim", "k_dim"):
+            signature[name], fixed[(i,)] = "constexpr", constants.get(name, 1)
+        else:
+            signature[name] = pointers.get(name, "fp32" if name == "scale_log2" else "i32")
+            if name in pointers or name.endswith(("_batch", "_head", "_token", "pitch")):
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+    source = ASTSource(function, signature, fixed, attrs)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+limits = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+geometry = {"COMPRESS_BLOCK": 32, "COMPRESS_STRIDE": 16, "SELECT_BLOCK": 64}
+for case in sys.argv[1:]:
+    capability, dim, group = map(int, case.split(",")[:3])
+    dtype = case.split(",")[3]
+    tile = scoring.score_tile(dim, torch.float32 if dtype == "fp32" else torch.float16, group, limits[capability])
+    width, rest = (16, 0) if dtype == "fp32" else scoring.split_dim(dim)
+    shared = build(scoring._score, {
+        "dtype": "*" + dtype, "D": dim, "WIDTH": width, "REST": rest, "HEADS": tile.heads, "R": tile.queries,
+        "BLOCKS": tile.blocks, "EXACT": dtype == "fp32", "ADD": False, **geometry,
+    }, capability, tile.warps, tile.stages, tile.registers)
+    assert shared <= limits[capability], (case, shared)
+    choice = {"NUM_SELECTED": 16, "NUM_INITIAL": 1, "NUM_LOCAL": 2, "R": tile.queries, "S": 512, "N": 16, "ROWS": 1}
+    if dim == 128:
+        assert build(topn._top_blocks, choice | geometry, capability, 1, 1) <= limits[capability]
+    print(case, shared)
+"""
+
+
+def compiles(cases: list[str]) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, *cases]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_compiles_within_the_shared_memory_of_each_chip():
+    compiles(["80,192,4,fp16", "89,256,2,fp16", "90,128,16,bf16", "100,80,16,fp16"])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+def test_compiles_every_configuration(capability):
+    dims, groups = (16, 64, 80, 96, 128, 192, 256), (1, 4, 16, 64)
+    half = [f"{capability},{dim},{group},{dtype}" for dim in dims for group in groups for dtype in ("bf16", "fp16")]
+    compiles([*half, *(f"{capability},{dim},4,fp32" for dim in dims)])

@@ -40,7 +40,7 @@ def first_head_only(patch: pytest.MonkeyPatch) -> None:
 def forced_blocks_dropped(patch: pytest.MonkeyPatch) -> None:
     right = reference.top_blocks
     patch.setattr(
-        reference, "top_blocks", lambda x, table, config: right(x, table, replace(config, num_initial=0, num_local=0))
+        reference, "top_blocks", lambda *args: right(*args[:-1], replace(args[-1], num_initial=0, num_local=0))
     )
 
 

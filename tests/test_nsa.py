@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import oracle
 from conftest import Case, Inputs, assert_as_accurate, assert_close, cases, gradients, part
 from flexnsa import (
     BranchKV,
@@ -14,15 +18,12 @@ from flexnsa import (
     NSAConfig,
     Selection,
     compressed_attention,
+    dense,
     native_sparse_attention,
-    reference,
     select_blocks,
     selected_attention,
     window_attention,
 )
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from torch import Tensor
 
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=4)
 STAGES = ("compressed", "selected", "window")
@@ -53,9 +54,7 @@ def starts(case: Case) -> Tensor | None:
 
 def mlp(case: Case) -> MLPCompressor:
     torch.manual_seed(case.seed)
-    return MLPCompressor(
-        case.config, num_kv_heads=case.kv_heads, head_dim=case.dim, value_dim=case.value_dim
-    ).double()
+    return MLPCompressor(case.config, num_kv_heads=case.kv_heads, head_dim=case.dim, value_dim=case.value_dim).double()
 
 
 @given(case=cases(), scale=st.sampled_from((None, 0.3)))
@@ -160,9 +159,9 @@ def test_chunks_change_nothing(case: Case, size: int, recompute: bool):
 
     whole = run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "CHUNK_QUERIES", size)
+        patch.setattr(dense, "CHUNK_QUERIES", size)
         if recompute:
-            patch.setattr(reference, "RECOMPUTE_SCORES", 0)
+            patch.setattr(dense, "RECOMPUTE_SCORES", 0)
         chunked = run()
     assert_close(chunked, whole)
 
@@ -197,7 +196,7 @@ def test_the_past_sends_no_gradient_to_the_future(case: Case, data: st.DataObjec
 @given(case=cases(values=("normal", "hot")), data=st.data())
 @part(2)
 def test_nan_in_an_invisible_row_leaks_nowhere(stage: str, case: Case, data: st.DataObject):
-    """One row of k or v of one head is NaN. Queries that do not see it keep their bits, alone and beside those that do."""
+    """One row of k or v of one head is NaN. Queries blind to it keep their bits, alone and beside those that see it."""
     case = first_row(case)
     x, where = case.inputs(), case.where
     chosen = own_selection(case, x)
@@ -261,9 +260,9 @@ def test_nan_after_the_last_query_leaks_nowhere(case: Case, data: st.DataObject)
     for filler in (0.0, torch.nan):
         tail = torch.arange(case.tokens)[:, None] >= count
         filled = Inputs(*(y if y.shape[2] != case.tokens else y.masked_fill(tail, filler) for y in x))
-        leaves = Inputs(
-            *(y.detach()[:, :, :count] for y in (filled.q,)), *filled[1:-1], filled.gates[:, :, :count]
-        ).to(torch.float64, grad=True)
+        leaves = Inputs(*(y.detach()[:, :, :count] for y in (filled.q,)), *filled[1:-1], filled.gates[:, :, :count]).to(
+            torch.float64, grad=True
+        )
         out = native_sparse_attention(
             leaves.q, leaves.kv, leaves.gates, case.config, compressor, positions=torch.arange(count), impl="reference"
         )
@@ -278,17 +277,13 @@ def test_any_slice_of_the_queries_equals_the_full_pass(impl: str, case: Case):
     assume(case.positions is not None)
     whole = replace(case, positions=None)
     x, compressor = whole.inputs(raw=True), MeanPool(case.config)
-    full = native_sparse_attention(
-        x.q, x.kv, x.gates, case.config, compressor, documents=case.documents, impl=impl
-    )
+    full = native_sparse_attention(x.q, x.kv, x.gates, case.config, compressor, documents=case.documents, impl=impl)
     at = case.positions.expand(case.batch, -1)[:, None, :, None]
 
     def pick(y: Tensor) -> Tensor:
         return y.gather(2, at.expand(-1, y.shape[1], -1, y.shape[3]))
 
-    found = native_sparse_attention(
-        pick(x.q), x.kv, pick(x.gates), case.config, compressor, impl=impl, **case.placing
-    )
+    found = native_sparse_attention(pick(x.q), x.kv, pick(x.gates), case.config, compressor, impl=impl, **case.placing)
     assert_close([found], [pick(full)])
 
 

@@ -1,0 +1,139 @@
+"""Masked softmax attention in plain torch, chunked over the queries: on any device, in any dtype, differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from flexnsa.types import AttentionOutput
+
+CHUNK_SCORES = 2**24
+"""Scores (batch x query heads x queries x keys) of one chunk: 64 MiB in float32."""
+
+CHUNK_QUERIES = 128
+"""Queries of one chunk at most: short chunks skip the keys that all of their queries are too early or too late for."""
+
+RECOMPUTE_SCORES = 2**27
+"""Scores of a call from which on the backward recomputes each chunk and keeps none of them."""
+
+Visible = Callable[[slice, slice], Bool[Tensor, "b hk g tq keys"]]
+"""Which of some keys some queries see."""
+
+Modify = Callable[[Float[Tensor, "b hk g tq keys"], slice, slice], Float[Tensor, "b hk g tq keys"]]
+"""Changes the scores of some queries with some keys."""
+
+Reach = Callable[[slice], slice]
+"""The keys that some queries can see at all, known from their place in the call alone."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Run ``function`` outside autocast: scores, importance and LSE keep float32."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, modify: Modify | None, scale: float, reach: Reach | None
+) -> AttentionOutput:
+    """Softmax attention of ``q [b, hq, tq, d]`` to the keys that ``visible`` admits, chunked over the queries.
+
+    ``modify`` changes the scores before the softmax; ``reach`` bounds the keys that a range of queries can see.
+    """
+    dtype = accumulator(q)
+    (k, k_bad), (v, v_bad) = _quarantine(k.to(dtype)), _quarantine(v.to(dtype))
+    k_poison = torch.zeros_like(k[..., 0]).masked_fill(k_bad, torch.nan)
+    recompute = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > RECOMPUTE_SCORES and torch.is_grad_enabled()
+
+    def attend(queries: slice) -> tuple[Tensor, Tensor]:
+        keys = slice(0, k.shape[2]) if reach is None else reach(queries)
+        mask = visible(queries, keys)
+        part = q[:, :, queries].to(dtype)
+        change = None if modify is None else lambda scores: modify(scores, queries, keys)
+        return _attend(part, k[:, :, keys], v[:, :, keys], mask, k_poison[:, :, keys], v_bad[:, :, keys], scale, change)
+
+    outs, lses = zip(
+        *(
+            checkpoint(attend, part, use_reentrant=False, preserve_rng_state=False) if recompute else attend(part)
+            for part in chunks(q, k.shape[2])
+        ),
+        strict=True,
+    )
+    return AttentionOutput(torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2))
+
+
+@full_precision
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    k_poison: Tensor,
+    v_bad: Tensor,
+    scale: float,
+    modify: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The softmax written out, so that a row that sees nothing is 0 with LSE -inf, not 0 / 0.
+
+    In place, since on a CPU a fresh tensor for each step would cost as much as the step.
+    """
+    q, q_bad = _quarantine(q)
+    scores = dot_products(q, k, scale)
+    scores = scores if modify is None else modify(scores).where(visible, 0)
+    scores = scores.add_(torch.where(visible, k_poison[:, :, None, None], -torch.inf))
+    highest = scores.detach().amax(-1, keepdim=True)
+    highest = highest.masked_fill(highest == -torch.inf, 0)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1)
+    q_poison = q_bad.unflatten(1, weights.shape[1:3])[..., None] & ~nothing
+    v_poison = (visible & v_bad[:, :, None, None]).any(-1, keepdim=True)
+    out = (weights.flatten(2, 3) @ v).unflatten(2, weights.shape[2:4]) / total
+    out = out.masked_fill(q_poison | v_poison, torch.nan)
+    lse = (total.log() + highest).masked_fill(nothing, -torch.inf).masked_fill(q_poison, torch.nan)
+    return out.flatten(1, 2), lse.flatten(1, 2).squeeze(-1)
+
+
+def dot_products(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled dot products ``[b, hk, g, tq, keys]``. The group shares its keys, so it folds into the rows."""
+    rows = rearrange(q * scale, "b (hk g) t d -> b hk (g t) d", hk=k.shape[1])
+    return (rows @ k.mT).unflatten(2, (-1, q.shape[2]))
+
+
+def _quarantine(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that are not finite set to 0, and which rows they were.
+
+    0 * NaN is NaN, so a NaN must not enter a product with rows that do not see it; those that do see it are set to NaN
+    afterwards.
+    """
+    bad = ~x.isfinite().all(-1)
+    return x.masked_fill(bad[..., None], 0), bad
+
+
+def chunks(q: Tensor, keys: int) -> Iterator[slice]:
+    """Query ranges of at most ``CHUNK_SCORES`` scores. One range under compile, whose graph would grow by the chunk."""
+    queries = q.shape[2]
+    if torch.compiler.is_compiling():
+        yield slice(0, queries)
+        return
+    size = max(1, min(CHUNK_QUERIES, CHUNK_SCORES // (q.shape[0] * q.shape[1] * max(1, keys))))
+    for start in range(0, queries, size):
+        yield slice(start, min(start + size, queries))
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype in which scores, importance and LSE are computed: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""The Triton path: scoring with top-n, and selected attention. Nothing else in the library imports triton."""

@@ -1,0 +1,201 @@
+"""Masks and score mods of the user's own, over every branch: against the oracle, and flex against reference."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import oracle
+from conftest import Case, assert_as_accurate, assert_close, cases, gradients
+from flexnsa import (
+    NativeSparseAttention,
+    NSAConfig,
+    Selection,
+    SigmoidGate,
+    SparseAttention,
+    WindowBranch,
+    block_importance,
+    compressed_attention,
+    native_sparse_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+from flexnsa_masks import alibi, causal, or_masks, prefix, soft_cap
+
+SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=5)
+
+
+@dataclass(frozen=True)
+class Masked(oracle.Layout):
+    """The oracle's layout with a table [tk, tk] in place of causality."""
+
+    mask: Tensor
+
+    def seen(self, b: int, t: int) -> set[int]:
+        return {k for k in self.document(b, t) if self.mask[self.positions[b][t], k]}
+
+    def forced(self, b: int, t: int) -> set[int]:
+        tokens = self.document(b, t)
+        if not tokens:
+            return set()
+        own = tokens.index(self.positions[b][t]) // self.config.select_block
+        local = range(own - self.config.num_local + 1, own + 1)
+        return {j for j in self.candidates(b, t) if j < self.config.num_initial or j in local}
+
+
+def table_of(kind: str, case: Case) -> Tensor:
+    query, key = torch.arange(case.tokens)[:, None], torch.arange(case.tokens)
+    if kind == "random":
+        return case.randn(case.tokens, case.tokens, salt=9) > -0.5
+    if kind == "prefix":
+        return (key <= query) | (key < case.tokens // 2)
+    return (key <= query) & ((query - key) % 3 < 2)
+
+
+def lookup(table: Tensor):
+    return lambda b, h, q_idx, kv_idx: table[q_idx, kv_idx]
+
+
+@settings(max_examples=40)
+@given(case=cases(values=("normal",)), kind=st.sampled_from(("random", "prefix", "strided")))
+def test_a_mask_holds_in_every_branch(case: Case, kind: str):
+    table = table_of(kind, case)
+    where = Masked(case.where.config, case.where.positions, case.where.documents, table)
+    x, keywords = case.inputs(grad=True), {"mask_mod": lookup(table), "impl": "reference", **case.placing}
+    lse = compressed_attention(x.q, x.k_cmp, x.v_cmp, case.config, **keywords).lse
+    chosen = select_blocks(x.q, x.k_cmp, lse, case.config, num_tokens=case.tokens, **keywords)
+    found = native_sparse_attention(x.q, x.kv, x.gates, case.config, None, **keywords)
+    expected = oracle.native_sparse_attention(x.q, x.pairs, x.gates, where, None, chosen.indices)
+    assert_close([found], [expected])
+    assert_close(gradients([found], x), gradients([expected], x))
+
+    importance = oracle.block_importance(x.q, x.k_cmp, where)
+    best = oracle.select_blocks(importance, where)
+    for ours, theirs, scores in zip(
+        chosen.indices.flatten(0, 2), best.flatten(0, 2), importance.flatten(0, 2), strict=True
+    ):
+        assert (ours >= 0).sum() == (theirs >= 0).sum()
+        totals = [scores[index[index >= 0].long()].sum() for index in (ours, theirs)]
+        torch.testing.assert_close(*totals, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=25)
+@given(case=cases(values=("normal",)), kind=st.sampled_from(("random", "prefix")))
+def test_flex_equals_reference_under_a_mask(case: Case, kind: str):
+    x, table = case.inputs(torch.float32), table_of(kind, case)
+    keywords = {"mask_mod": lookup(table), **case.placing}
+    lse = compressed_attention(x.q, x.k_cmp, x.v_cmp, case.config, **keywords).lse
+    chosen = select_blocks(x.q, x.k_cmp, lse, case.config, num_tokens=case.tokens, **keywords)
+    exact = x.to(torch.float64)
+    values = (
+        native_sparse_attention(y.q, y.kv, y.gates, case.config, None, selection=chosen, impl=impl, **keywords)
+        for y, impl in ((x, "flex"), (x, "reference"), (exact, "reference"))
+    )
+    assert_as_accurate(*values)
+
+
+@pytest.mark.parametrize("impl", ("reference", "flex"))
+def test_causality_as_a_mask_is_the_default(impl: str):
+    case = Case(SMALL, batch=2, kv_heads=2, group=3, tokens=21)
+    x = case.inputs(torch.float32)
+    plain, masked = (
+        native_sparse_attention(x.q, x.kv, x.gates, SMALL, None, mask_mod=mod, impl=impl) for mod in (None, causal())
+    )
+    torch.testing.assert_close(masked, plain)
+
+
+def by_head(b, h, q_idx, kv_idx):
+    return (kv_idx <= q_idx) & ((h % 2 == 0) | (kv_idx >= q_idx - 2))
+
+
+@pytest.mark.parametrize("impl", ("reference", "flex"))
+def test_the_head_is_the_query_head(impl: str):
+    x = Case(SMALL, batch=1, kv_heads=2, group=3, tokens=21).inputs(torch.float32)
+    everything = Selection(torch.arange(6, dtype=torch.int32).expand(1, 2, 21, 6).contiguous())
+    out, _ = selected_attention(x.q, x.k_slc, x.v_slc, everything, SMALL, mask_mod=by_head, impl=impl)
+    for head in range(6):
+        visible = NSAConfig(window=3 if head % 2 else 21)
+        expected, _ = window_attention(x.q, x.k_slc, x.v_slc, visible, impl="reference")
+        torch.testing.assert_close(out[:, head], expected[:, head], rtol=1e-4, atol=1e-5)
+
+
+def dense_scores(q: Tensor, k: Tensor, mod, where: Tensor) -> Tensor:
+    """Scores [b, hq, tq, keys] with a score mod, where each key stands at the token `where` says."""
+    scores = torch.einsum("bhtd,bhjd->bhtj", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * q.shape[-1] ** -0.5
+    index = [torch.arange(n) for n in scores.shape[:3]]
+    b, h, t, j = torch.meshgrid(*index, where, indexing="ij")
+    return mod(scores, b, h, t, j)
+
+
+@pytest.mark.parametrize("impl", ("reference", "flex"))
+@pytest.mark.parametrize("mod", (alibi(6), soft_cap(2.0)), ids=("alibi", "soft_cap"))
+def test_score_mods_change_each_branch(impl: str, mod):
+    case = Case(SMALL, batch=2, kv_heads=2, group=3, tokens=21)
+    x = case.inputs(torch.float32)
+    query, key = torch.arange(21)[:, None], torch.arange(21)
+    last = torch.arange(x.k_cmp.shape[2]) * 2 + 3
+    window = (key <= query) & (key > query - 5)
+    for function, k, v, where, visible in (
+        (window_attention, x.k_win, x.v_win, key, window),
+        (compressed_attention, x.k_cmp, x.v_cmp, last, last <= query),
+    ):
+        found = function(x.q, k, v, SMALL, score_mod=mod, impl=impl)
+        scores = dense_scores(x.q, k, mod, where).masked_fill(~visible, -torch.inf)
+        weights = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0)
+        torch.testing.assert_close(found.out, weights @ v.repeat_interleave(3, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.lse, scores.logsumexp(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_importance_follows_the_score_mod():
+    case = Case(SMALL, batch=1, kv_heads=1, group=2, tokens=21)
+    x, mod = case.inputs(), alibi(2)
+    lse = compressed_attention(x.q, x.k_cmp, x.v_cmp, SMALL, score_mod=mod).lse
+    total = block_importance(x.q, x.k_cmp, lse, SMALL, num_tokens=21, score_mod=mod).sum(-1)
+    # Two heads, and each compressed token counts l / stride = 2 strides of tokens, all of them inside blocks.
+    torch.testing.assert_close(total[:, :, 3:], torch.full((1, 1, 18), 4.0, dtype=torch.float64))
+
+
+def test_a_learned_bias_gets_its_gradient():
+    case = Case(SMALL, batch=2, kv_heads=2, group=2, tokens=21)
+    x, bias = case.inputs(), torch.zeros(4, 21, dtype=torch.float64, requires_grad=True)
+
+    def relative(score, b, h, q_idx, kv_idx):
+        return score + bias[h, (q_idx - kv_idx).clamp(0, 20)]
+
+    assert torch.autograd.gradcheck(
+        lambda _: window_attention(x.q, x.k_win, x.v_win, SMALL, score_mod=relative).out, (bias,)
+    )
+
+
+def test_a_composition_holds_the_mask_and_its_score_mods():
+    case = Case(SMALL, batch=1, kv_heads=2, group=2, tokens=21)
+    x, mask = case.inputs(torch.float32), or_masks(causal(), prefix(6))
+    attention = SparseAttention({"near": WindowBranch(SMALL, score_mod=alibi(4))}, SigmoidGate(8, 4, 1))
+    hidden = torch.randn(1, 21, 8)
+    found = attention(x.q, {"near": (x.k_win, x.v_win)}, hidden, mask_mod=mask)
+    out, _ = window_attention(x.q, x.k_win, x.v_win, SMALL, mask_mod=mask, score_mod=alibi(4))
+    torch.testing.assert_close(found, attention.gate(hidden) * out)
+
+
+@pytest.mark.parametrize("name", ("mask_mod", "score_mod"))
+def test_mods_of_the_wrong_arity(name: str):
+    x = Case(SMALL, tokens=9).inputs(torch.float32)
+    with pytest.raises(TypeError, match=f"{name} must be callable as {name}"):
+        window_attention(x.q, x.k_win, x.v_win, SMALL, **{name: lambda score, q_idx: score})
+
+
+def test_triton_takes_no_mods():
+    x = Case(SMALL, tokens=9).inputs(torch.float32)
+    with pytest.raises(NotImplementedError, match="take no mask_mod or score_mod"):
+        native_sparse_attention(x.q, x.kv, x.gates, SMALL, None, mask_mod=causal(), impl="triton")
+
+
+def test_the_layer_passes_a_mask_on():
+    layer = NativeSparseAttention(dim=16, num_heads=4, num_kv_heads=2, head_dim=8, config=SMALL)
+    x = torch.randn(1, 21, 16)
+    torch.testing.assert_close(layer(x, mask_mod=causal()), layer(x))
+    assert not torch.allclose(layer(x, mask_mod=or_masks(causal(), prefix(9))), layer(x))
