@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from einops import rearrange
@@ -85,26 +85,36 @@ def _attend(
     scale: float,
     modify: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """The softmax written out, so that a row that sees nothing is 0 with LSE -inf, not 0 / 0.
-
-    In place, since on a CPU a fresh tensor for each step would cost as much as the step.
-    """
+    """One chunk. A row that sees nothing is a softmax over scores that are all kept, then set to 0 with LSE -inf."""
     q, q_bad = _quarantine(q)
+    nothing = ~visible.any(-1, keepdim=True)
+    floor = torch.zeros_like(nothing, dtype=q.dtype).masked_fill(~nothing, -torch.inf)
     scores = dot_products(q, k, scale)
     scores = scores if modify is None else modify(scores).where(visible, 0)
-    scores = scores.add_(torch.where(visible, k_poison[:, :, None, None], -torch.inf))
-    highest = scores.detach().amax(-1, keepdim=True)
-    highest = highest.masked_fill(highest == -torch.inf, 0)
-    weights = scores.sub_(highest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1)
-    q_poison = q_bad.unflatten(1, weights.shape[1:3])[..., None] & ~nothing
+    scores = scores.add_(torch.where(visible, k_poison[:, :, None, None], floor))
+    weights = scores.softmax(-1)
+    lse = _LSE.apply(scores, weights)
+    out = (weights.flatten(2, 3) @ v).unflatten(2, weights.shape[2:4])
+    q_poison = q_bad.unflatten(1, weights.shape[1:3])[..., None]
     v_poison = (visible & v_bad[:, :, None, None]).any(-1, keepdim=True)
-    out = (weights.flatten(2, 3) @ v).unflatten(2, weights.shape[2:4]) / total
-    out = out.masked_fill(q_poison | v_poison, torch.nan)
-    lse = (total.log() + highest).masked_fill(nothing, -torch.inf).masked_fill(q_poison, torch.nan)
+    out = out.masked_fill(q_poison | v_poison, torch.nan).masked_fill(nothing, 0)
+    lse = lse.masked_fill(q_poison, torch.nan).masked_fill(nothing, -torch.inf)
     return out.flatten(1, 2), lse.flatten(1, 2).squeeze(-1)
+
+
+class _LSE(torch.autograd.Function):
+    """LSE of scores whose softmax is at hand: no second pass of exponentials, and a gradient that is the softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        # The largest weight is 1 / sum of exp(score - largest score).
+        return scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        return grads[0] * weights, None
 
 
 def dot_products(q: Tensor, k: Tensor, scale: float) -> Tensor:

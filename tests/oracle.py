@@ -1,11 +1,13 @@
 """Native Sparse Attention as loops over sets of tokens: the definition, with nothing done for speed.
 
-Every stage is stated as "which rows may this query read", a plain list of indices, followed by a softmax over exactly those
-rows. Rows outside the list are never touched, and autograd through the loops gives the dense gradients of every input.
+Every stage is stated as "which rows may this query read", a plain list of indices, followed by a softmax over exactly
+those rows. Rows outside the list are never touched, and autograd through the loops gives the dense gradients of every
+input.
 Equation numbers are those of Yuan et al. 2025, arXiv 2502.11089.
 
-Axes: b batch, hq query heads, hk KV heads, g = hq / hk, tq queries, tk tokens, c compressed tokens, s blocks, n selected.
-A config is any object with the seven fields of `NSAConfig`; this module imports nothing from the library that it judges.
+Axes: b batch, hq query heads, hk KV heads, g = hq / hk, tq queries, tk tokens, c compressed tokens, s blocks, n
+selected. A config is any object with the seven fields of `NSAConfig`; this module imports nothing from the library that
+it judges.
 """
 
 from collections.abc import Callable
@@ -61,7 +63,7 @@ class Layout:
         return blocks
 
     def starts(self) -> list[list[int]]:
-        """[b][c]: the first token of each compressed token, -1 where a row has fewer of them than one document would."""
+        """[b][c]: the first token of each compressed token, -1 where a row has fewer than one document would."""
         firsts = [[tokens[0] for tokens in self.compressed_tokens(b)] for b in range(len(self.documents))]
         return [row + [-1] * (self.num_compressed - len(row)) for row in firsts]
 
@@ -243,7 +245,7 @@ def native_sparse_attention(
     scale: float | None = None,
     indices: Tensor | None = None,
 ) -> Tensor:
-    """The whole (Eq. 5) on compressed tokens, selected and window K and V in this order; `indices` replays a selection."""
+    """The whole (Eq. 5) on compressed, selected and window K and V in this order; `indices` replays a selection."""
     (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = kv
     compressed, _ = compressed_attention(q, k_cmp, v_cmp, where, scale)
     if indices is None:

@@ -11,13 +11,14 @@ from bench.learn import pictures
 from bench.learn.attention import ATTENTIONS, AttentionShape, DenseAttention
 from bench.learn.compare import Comparison
 from bench.learn.generate import generate
+from bench.learn.interrupt import Interrupt
 from bench.learn.look import gate_means, look_into, telling_query
 from bench.learn.model import Transformer, count_parameters
 from bench.learn.presets import PRESETS, TINY
 from bench.learn.settings import twin_shape
 from bench.learn.task import IGNORED, Batch
 from bench.learn.text import TextTask, is_validation, read_corpus, source_files, standard_library
-from bench.learn.train import Twin
+from bench.learn.train import Twin, train
 from flexnsa import NSAConfig
 
 CPU = torch.device("cpu")
@@ -120,7 +121,13 @@ def test_an_mlp_too_narrow_to_match_is_refused():
         twin_shape(replace(TINY, hidden=8), "nsa", 256)
 
 
-def test_the_twins_learn_from_the_same_batches_in_the_same_order(task, tmp_path, monkeypatch):
+def trained(task, **changes):
+    settings = replace(TINY, **changes)
+    twins = [Twin(name, settings, 256, CPU) for name in ATTENTIONS]
+    return train(twins, task, settings, Interrupt(), lambda: None), twins
+
+
+def test_the_twins_learn_from_the_same_batches_in_the_same_order(task, monkeypatch):
     seen = {}
     learn = Twin.learn
 
@@ -129,17 +136,23 @@ def test_the_twins_learn_from_the_same_batches_in_the_same_order(task, tmp_path,
         learn(twin, batch, rate)
 
     monkeypatch.setattr(Twin, "learn", spy)
-    comparison(task, tmp_path, tokens=1024).run()
+    trained(task, tokens=1024)
     assert len(seen["nsa"]) == 4
     for name in ("full", "window"):
         for (inputs, rate), (other, other_rate) in zip(seen["nsa"], seen[name], strict=True):
             assert torch.equal(inputs, other) and rate == other_rate
 
 
-def test_a_run_repeats_exactly(task, tmp_path):
-    rows = [comparison(task, tmp_path / name, tokens=512).run()["rows"] for name in "ab"]
-    for row, again in zip(*rows, strict=True):
-        assert row["train_bits"] == again["train_bits"] and row["continuation"] == again["continuation"]
+def test_a_run_repeats_exactly(task):
+    (_, first), (_, second) = (trained(task, tokens=512) for _ in range(2))
+    for twin, again in zip(first, second, strict=True):
+        assert twin.progress.train_bits == again.progress.train_bits
+
+
+def test_a_time_budget_stops_all_twins_at_one_step(task):
+    status, twins = trained(task, minutes=1e-6)
+    assert status == "out of time"
+    assert {twin.progress.tokens for twin in twins} == {0}
 
 
 def test_ctrl_c_keeps_results_and_pictures(task, tmp_path, monkeypatch):
@@ -169,12 +182,6 @@ def test_a_second_ctrl_c_stops_at_once(task, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         comparison(task, tmp_path).run()
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "running"
-
-
-def test_a_time_budget_stops_all_twins_at_one_step(task, tmp_path):
-    result = comparison(task, tmp_path, minutes=1e-6).run()
-    assert result["status"] == "out of time"
-    assert all((tmp_path / name).exists() for name in PICTURES)
 
 
 def test_generation_is_seeded_and_reads_the_prompt(task):

@@ -4,6 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from conftest import Case, Inputs, assert_close, cases, gradients, part
 from flexnsa import (
     AttentionContext,
@@ -21,9 +25,6 @@ from flexnsa import (
     selected_attention,
     window_attention,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor, nn
 
 CONFIG = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_local=1, window=4)
 
@@ -195,7 +196,11 @@ def test_parameters_of_branches_gate_and_selector_are_found():
     ("branches", "selector", "named"),
     (
         ({"chosen": SelectedBranch(CONFIG)}, None, "selector"),
-        ({"chosen": SelectedBranch(CONFIG), "compressed": CompressedBranch(CONFIG)}, ImportanceSelector(CONFIG), "order"),
+        (
+            {"chosen": SelectedBranch(CONFIG), "compressed": CompressedBranch(CONFIG)},
+            ImportanceSelector(CONFIG),
+            "order",
+        ),
     ),
 )
 def test_a_selection_that_cannot_be_made(branches: dict, selector: ImportanceSelector | None, named: str):

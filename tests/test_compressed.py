@@ -1,13 +1,14 @@
 """The compressed branch against the oracle, and FlexAttention against the dense engine."""
 
-import oracle
 import pytest
 import torch
-from conftest import Case, assert_as_accurate, assert_close, cases, gradients
-from flexnsa import NSAConfig, compressed_attention
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+import oracle
+from conftest import Case, assert_as_accurate, assert_close, cases, gradients
+from flexnsa import NSAConfig, compressed_attention
 
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=4)
 scales = st.sampled_from((None, 0.0, 0.3, -0.7))
@@ -32,7 +33,7 @@ def test_flex_equals_reference(case: Case):
     exact = compressed_attention(*(y.double() for y in tensors), case.config, impl="reference", **case.placing)
     for name, values in zip(("out", "lse"), zip(found, plain, exact, strict=True), strict=True):
         assert values[0].dtype == torch.float32, name
-        assert_as_accurate(*values)
+        assert_as_accurate(*values, logits=case.logits)
 
 
 @pytest.mark.parametrize("documents", (None, torch.tensor([[-1] * 2 + [0] * 7 + [1] * 5])))
@@ -78,3 +79,13 @@ def test_dtypes(dtype: torch.dtype, lse_dtype: torch.dtype):
     x = Case(SMALL, kv_heads=2, group=2, tokens=12).inputs(dtype)
     out, lse = compressed_attention(x.q, x.k_cmp, x.v_cmp, SMALL, impl="reference")
     assert (out.dtype, lse.dtype) == (dtype, lse_dtype)
+
+
+@pytest.mark.parametrize("impl", ("reference", "flex"))
+@pytest.mark.parametrize("documents", (None, torch.zeros(1, 9, dtype=torch.int64)), ids=("row", "packed"))
+@pytest.mark.parametrize("count", (1, 2, 4))
+def test_a_count_of_compressed_tokens_that_the_sequence_does_not_make(impl: str, documents: Tensor | None, count: int):
+    """9 tokens make 3 compressed ones."""
+    q, k_cmp = torch.zeros(1, 2, 9, 4), torch.zeros(1, 1, count, 4)
+    with pytest.raises(ValueError, match="k_cmp must hold 3 compressed tokens for 9"):
+        compressed_attention(q, k_cmp, k_cmp, SMALL, documents=documents, impl=impl)

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
-import oracle
 import pytest
 import torch
+from hypothesis import given
+from torch import Tensor
+
+import oracle
 from conftest import Case, assert_close, cases, gradients
 from flexnsa import BlockCompressor, MeanPool, MLPCompressor, NSAConfig
 from flexnsa.compression import GatedPool, LinearCompressor
-from hypothesis import given
-from torch import Tensor
 
 Make = Callable[[Case], BlockCompressor]
 

@@ -1,8 +1,10 @@
 """Defects found in existing implementations of NSA, each as a test of this one."""
 
-import oracle
 import pytest
 import torch
+from torch import Tensor
+
+import oracle
 from conftest import Case, Inputs, assert_close, gradients
 from flexnsa import (
     MeanPool,
@@ -16,7 +18,6 @@ from flexnsa import (
     selected_attention,
     window_attention,
 )
-from torch import Tensor
 
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_local=1, window=4)
 engines = pytest.mark.parametrize("impl", ("reference", "flex"))
@@ -86,7 +87,7 @@ def test_num_selected_that_is_no_power_of_two_has_right_gradients(count: int):
 @engines
 @pytest.mark.parametrize("group", (3, 16))
 def test_every_head_of_a_group_scores(impl: str, group: int):
-    """Found elsewhere: the first head alone decides. Here only one head looks anywhere, and it need not be the first."""
+    """Found elsewhere: the first head alone decides. Here one head alone looks anywhere, any of them."""
     config = NSAConfig(
         compress_block=4, compress_stride=4, select_block=4, num_selected=1, num_initial=0, num_local=0, window=4
     )
@@ -161,8 +162,10 @@ def test_importance_is_float32_for_half_precision_inputs(dtype: torch.dtype):
     assert (lse.dtype, found.dtype) == (torch.float32, torch.float32)
     y = x.to(torch.float64)
     exact_lse = compressed_attention(y.q, y.k_cmp, y.v_cmp, config).lse
-    assert_close([select_blocks(x.q, x.k_cmp, lse, config, num_tokens=257).indices.double()],
-                 [select_blocks(y.q, y.k_cmp, exact_lse, config, num_tokens=257).indices.double()])
+    assert_close(
+        [select_blocks(x.q, x.k_cmp, lse, config, num_tokens=257).indices.double()],
+        [select_blocks(y.q, y.k_cmp, exact_lse, config, num_tokens=257).indices.double()],
+    )
 
 
 @half
@@ -188,7 +191,11 @@ def test_indices_past_64k_tokens(impl: str):
     q, k, v = (torch.randn(1, 2, n, 4, generator=generator) for n in (3, tokens, tokens))
     indices = torch.tensor([[[0, -1, -1], [0, 1000, 1025], [7, 1090, 1093]]] * 2, dtype=torch.int32)[None]
     found = selected_attention(q, k, v, Selection(indices), config, positions=places, impl=impl)
-    rows = [[*range(6)], [*range(64), *range(64_000, 64_064), 65_600], [*range(448, 512), *range(69_760, 69_824), *range(69_952, 70_000)]]
+    rows = [
+        [*range(6)],
+        [*range(64), *range(64_000, 64_064), 65_600],
+        [*range(448, 512), *range(69_760, 69_824), *range(69_952, 70_000)],
+    ]
     expected = oracle.attention(q, k, v, lambda b, h, t: rows[t])
     assert_close(found, expected)
     found = window_attention(q, k, v, config, positions=places, impl=impl)
@@ -234,7 +241,5 @@ def test_strides_do_not_matter(impl: str, strided: str):
     }[strided]
     odd = Inputs(*(lay(y) for y in x))
     plain = Inputs(*(y.contiguous() for y in odd))
-    found, expected = (
-        native_sparse_attention(y.q, y.kv, y.gates, SMALL, None, impl=impl) for y in (odd, plain)
-    )
+    found, expected = (native_sparse_attention(y.q, y.kv, y.gates, SMALL, None, impl=impl) for y in (odd, plain))
     assert_close([found], [expected])

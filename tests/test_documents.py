@@ -5,6 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
 from conftest import Case, Inputs, assert_close, cases, gradients, part
 from flexnsa import (
     MLPCompressor,
@@ -15,9 +19,6 @@ from flexnsa import (
     native_sparse_attention,
     select_blocks,
 )
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from torch import Tensor
 
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=4)
 engines = pytest.mark.parametrize("impl", ("reference", "flex"))
@@ -25,9 +26,7 @@ engines = pytest.mark.parametrize("impl", ("reference", "flex"))
 
 def mlp(case: Case, dtype: torch.dtype = torch.float64) -> MLPCompressor:
     torch.manual_seed(case.seed)
-    compressor = MLPCompressor(
-        case.config, num_kv_heads=case.kv_heads, head_dim=case.dim, value_dim=case.value_dim
-    )
+    compressor = MLPCompressor(case.config, num_kv_heads=case.kv_heads, head_dim=case.dim, value_dim=case.value_dim)
     return compressor.to(dtype)
 
 
@@ -45,9 +44,7 @@ def one(x: Inputs, row: int, tokens: slice) -> Inputs:
 
 def attend(x: Inputs, case: Case, compressor: MLPCompressor, documents: Tensor | None, impl: str) -> Tensor:
     with torch.set_grad_enabled(impl == "reference"):
-        return native_sparse_attention(
-            x.q, x.kv, x.gates, case.config, compressor, documents=documents, impl=impl
-        )
+        return native_sparse_attention(x.q, x.kv, x.gates, case.config, compressor, documents=documents, impl=impl)
 
 
 @engines
@@ -96,7 +93,9 @@ def test_indices_are_local_to_the_document(case: Case):
 
 
 @engines
-@given(case=cases(positions=False, documents=False, values=("normal",)), left=st.integers(0, 9), right=st.integers(0, 9))
+@given(
+    case=cases(positions=False, documents=False, values=("normal",)), left=st.integers(0, 9), right=st.integers(0, 9)
+)
 @part(2)
 def test_a_padded_row_equals_the_unpadded_one(impl: str, case: Case, left: int, right: int):
     x, compressor = case.inputs(raw=True), mlp(case)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from torch import Tensor
+
 from conftest import Case, Inputs, assert_as_accurate, gradients
 from flexnsa import (
     MeanPool,
@@ -19,7 +21,6 @@ from flexnsa import (
     selected_attention,
     window_attention,
 )
-from torch import Tensor
 
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_local=1, window=5)
 PACKED = torch.tensor([[-1] * 2 + [0] * 9 + [1] * 10, [3] * 20 + [-1]])
@@ -88,7 +89,9 @@ def on_cuda(hq: int, hk: int, dim: int, dtype: torch.dtype, tokens: int = TOKENS
 def dense_masks(selection: Selection, config: NSAConfig, tokens: int) -> dict[str, Tensor]:
     """Bool `[1, hk|1, tq, keys]` of each branch."""
     query, key = torch.arange(tokens, device="cuda")[:, None], torch.arange(tokens, device="cuda")
-    last = torch.arange(config.num_compressed(tokens), device="cuda") * config.compress_stride + config.compress_block - 1
+    last = (
+        torch.arange(config.num_compressed(tokens), device="cuda") * config.compress_stride + config.compress_block - 1
+    )
     indices = selection.indices.long()
     blocks = torch.zeros(*indices.shape[:3], config.num_blocks(tokens) + 1, dtype=torch.bool, device="cuda")
     blocks = blocks.scatter(-1, indices.where(indices >= 0, blocks.shape[-1] - 1), True)[..., :-1]
@@ -231,7 +234,9 @@ def test_selection_past_46k_tokens():
     """A table of tq x tk indexed in int32 would be corrupt from 46k tokens on. The last queries of 128k."""
     tokens, config = 131_072, NSAConfig()
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(1, h, n, 64, device="cuda", generator=generator) for h, n in ((8, 256), (2, tokens), (2, tokens)))
+    q, k, v = (
+        torch.randn(1, h, n, 64, device="cuda", generator=generator) for h, n in ((8, 256), (2, tokens), (2, tokens))
+    )
     positions = torch.arange(tokens - 256, tokens, device="cuda")
     blocks = torch.rand(1, 2, 256, 2040, device="cuda", generator=generator).topk(16).indices.sort().values.int()
     found, expected = (

@@ -1,13 +1,14 @@
 """Block importance: shared tokens counted one by one, every geometry, every head of the group."""
 
-import oracle
 import pytest
 import torch
-from conftest import Case, assert_close, cases
-from flexnsa import NSAConfig, block_importance, compressed_attention
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+import oracle
+from conftest import Case, assert_close, cases
+from flexnsa import NSAConfig, block_importance, compressed_attention
 
 scales = st.sampled_from((None, 0.0, 0.3, -0.7))
 
@@ -76,9 +77,7 @@ def test_every_head_of_the_group_counts():
     x = case.inputs()
     _, lse = compressed_attention(x.q, x.k_cmp, x.v_cmp, case.config)
     whole = block_importance(x.q, x.k_cmp, lse, case.config, num_tokens=21)
-    heads = [
-        block_importance(x.q[:, h::4], x.k_cmp, lse[:, h::4], case.config, num_tokens=21) for h in range(4)
-    ]
+    heads = [block_importance(x.q[:, h::4], x.k_cmp, lse[:, h::4], case.config, num_tokens=21) for h in range(4)]
     assert_close([whole], [torch.stack(heads).sum(0)])
 
 

@@ -1,11 +1,19 @@
 """The Triton selected-attention path against dense attention with an explicit mask."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from flexnsa.kernels import selected, selected_backward, spans
 from flexnsa.kernels.selected import selected_attention
 
 
@@ -30,10 +38,10 @@ def dense(q, k, v, indices, position, start, *, select_block, scale):
 @st.composite
 def problems(draw):
     b, hk = draw(st.sampled_from([(1, 1), (2, 1), (1, 2)]))
-    g = draw(st.sampled_from([1, 2, 3, 4, 16]))
+    g = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
     d, dv = draw(st.sampled_from([(16, 16), (8, 24), (20, 16)]))
     select_block = draw(st.sampled_from([16, 32, 7]))
-    tk = draw(st.integers(1, 70))
+    tk = draw(st.integers(1, 50))
     documents = draw(st.booleans())
     seed = draw(st.integers(0, 2**20))
     n = draw(st.integers(1, 5))
@@ -74,18 +82,29 @@ def gradients(out, lse, inputs, seed=0):
     return torch.autograd.grad(loss, inputs)
 
 
-@settings(max_examples=12)
-@given(problems())
-def test_matches_dense_attention(problem):
-    inputs, indices, position, start = make(*problem)
-    options = {"select_block": problem[5], "scale": 0.3}
+def check(inputs, indices, position, start, tolerance=1e-4, **options):
     out, lse = selected_attention(*inputs, indices, position, start, **options)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     want_out, want_lse = dense(*exact, indices, position, start, **options)
     torch.testing.assert_close(out, want_out.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, want_lse.float(), rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients(out, lse, inputs), gradients(want_out, want_lse, exact), strict=True):
-        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, want.float(), rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=6)
+@given(problems())
+def test_matches_dense_attention(problem):
+    inputs, indices, position, start = make(*problem)
+    check(inputs, indices, position, start, select_block=problem[5], scale=0.3)
+
+
+@pytest.mark.thorough
+@settings(max_examples=300)
+@given(problems())
+def test_matches_dense_attention_thoroughly(problem):
+    inputs, indices, position, start = make(*problem)
+    check(inputs, indices, position, start, select_block=problem[5], scale=0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -100,3 +119,116 @@ def test_half_precision(dtype):
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-2, atol=1e-2)
     for got, want in zip(gradients(out, lse, inputs), gradients(want_out, want_lse, exact), strict=True):
         assert (got.double() - want).norm() <= 2 * tolerance * want.norm()
+
+
+@pytest.mark.parametrize("group", [3, 8])
+def test_neighbours_that_select_alike(group):
+    inputs, indices, position, start = make(1, 1, group, 16, 16, 16, 64, False, 3, 7)
+    block = position // 16
+    shared = torch.stack([torch.zeros_like(block), block], -1).int()
+    indices = shared.masked_fill((shared == 0) & (torch.arange(2) == 1), -1)[:, None]
+    check(inputs, indices, position, start, select_block=16, scale=0.3)
+
+
+@pytest.mark.parametrize("group", [2, 8])
+def test_blocks_of_many_items_and_chunks(group, monkeypatch):
+    monkeypatch.setattr(selected_backward, "_ROWS_PER_ITEM", 4 * group)
+    monkeypatch.setattr(selected_backward, "_FOLD", 2)
+    monkeypatch.setattr(spans, "PARTIAL_BYTES", 16 * 2 * group * 16 * 4)
+    monkeypatch.setattr(spans, "_SORTED_PAIRS", 1)
+    inputs, indices, position, start = make(1, 2, group, 16, 16, 16, 60, False, 2, 4)
+    check(inputs, indices, position, start, select_block=16, scale=0.3)
+
+
+def test_a_block_larger_than_a_tile():
+    inputs, indices, position, start = make(1, 1, 2, 16, 16, 150, 200, False, 2, 5)
+    check(inputs, indices, position, start, select_block=150, scale=0.3)
+
+
+def test_garbage_indices_read_nothing_outside():
+    inputs, indices, position, start = make(1, 1, 4, 16, 16, 16, 40, False, 3, 1)
+    wild = torch.tensor([-7, 2**31 - 1, 1000], dtype=torch.int32).expand_as(indices)
+    out, lse = selected_attention(*inputs, wild, position, start, select_block=16, scale=1.0)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    assert not any(x.any() for x in gradients(out, lse, inputs))
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_what_no_query_sees_may_hold_nan(group):
+    inputs, indices, position, start = make(1, 1, group, 16, 16, 16, 40, False, 3, 2)
+    clean = selected_attention(*inputs, indices, position, start, select_block=16, scale=1.0)
+    last = int(position.max())
+    k, v = (torch.cat([x.detach()[:, :, : last + 1], torch.full((1, 1, 9, 16), torch.nan)], 2) for x in inputs[1:])
+    leaves = [inputs[0], k.requires_grad_(), v.requires_grad_()]
+    found = selected_attention(*leaves, indices, position, start, select_block=16, scale=1.0)
+    assert torch.equal(found[0], clean[0])
+    assert all(x.isfinite().all() for x in gradients(*found, leaves))
+
+
+def test_bad_input_is_refused():
+    inputs, indices, position, start = make(1, 1, 4, 16, 16, 16, 40, False, 3, 1)
+    options = {"select_block": 16, "scale": 1.0}
+    with pytest.raises(ValueError, match="indices must be int32"):
+        selected_attention(*inputs, indices.long(), position, start, **options)
+    with pytest.raises(ValueError, match="position must be int64"):
+        selected_attention(*inputs, indices, position.int(), start, **options)
+    with pytest.raises(ValueError, match="share one dtype"):
+        selected_attention(*(x.double() for x in inputs), indices, position, start, **options)
+    with pytest.raises(ValueError, match="multiple of hk"):
+        selected_attention(
+            inputs[0], *(x.expand(-1, 3, -1, -1) for x in inputs[1:]), indices, position, start, **options
+        )
+
+
+def test_operator_is_registered_as_torch_expects():
+    inputs, indices, position, start = make(1, 1, 2, 16, 16, 16, 12, True, 2, 4)
+    torch.library.opcheck(selected._selected_attention, (*inputs, indices, position, start, 16, 0.3))
+
+
+def test_compiles_without_a_break_or_a_recompilation():
+    def loss(q, k, v, indices, position, start):
+        out, lse = selected_attention(q, k, v, indices, position, start, select_block=16, scale=0.3)
+        return (out * out).sum() + torch.where(lse == -torch.inf, 0.0, lse).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (20, 33):
+            inputs, *table = make(1, 2, 2, 16, 16, 16, tokens, False, 2, 5)
+            found = torch.autograd.grad(compiled(*inputs, *table), inputs)
+            for got, want in zip(found, torch.autograd.grad(loss(*inputs, *table), inputs), strict=True):
+                torch.testing.assert_close(got, want)
+
+
+def test_flops_are_counted():
+    inputs, indices, position, start = make(1, 1, 4, 16, 16, 16, 64, False, 2, 5)
+    with FlopCounterMode(display=False) as counter:
+        out, lse = selected_attention(*inputs, indices, position, start, select_block=16, scale=0.3)
+        gradients(out, lse, inputs)
+    pairs = 4 * position.numel() * 32
+    assert counter.get_flop_counts()["Global"][torch.ops.flexnsa.selected_attention] == 2 * pairs * 32
+    assert counter.get_flop_counts()["Global"][torch.ops.flexnsa.selected_attention_backward] == 2 * pairs * 80
+
+
+def compile_everywhere(*lists):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = pathlib.Path(__file__).with_name("compile_selected.py")
+    command = [sys.executable, "-W", "ignore", str(script), json.dumps(lists)]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = [json.loads(line) for line in printed.splitlines()]
+    assert found
+    for line in found:
+        assert line["shared"] <= line["limit"], line
+
+
+@pytest.mark.parametrize(("capability", "group"), [(89, 16), (90, 4)])
+def test_kernels_compile_and_fit(capability, group):
+    compile_everywhere(False, [capability], ["bfloat16"], [[192, 128]], [64], [group])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_configuration_compiles_and_fits(capability, dtype):
+    dims = [[16, 16], [64, 64], [80, 96], [128, 128], [192, 128], [256, 256]]
+    compile_everywhere(True, [capability], [dtype], dims, [16, 32, 64, 128], [1, 4, 16, 64])

@@ -1,7 +1,8 @@
 """The oracle against what the paper states in numbers and against torch's own attention."""
 
-import oracle
 import torch
+
+import oracle
 from conftest import Case, assert_close
 from flexnsa import NSAConfig
 

@@ -2,13 +2,14 @@
 
 from itertools import pairwise
 
-import oracle
 import pytest
 import torch
-from conftest import Case, cases
-from flexnsa import NSAConfig, block_importance, compressed_attention, select_blocks
 from hypothesis import given
 from torch import Tensor
+
+import oracle
+from conftest import Case, cases
+from flexnsa import NSAConfig, block_importance, compressed_attention, select_blocks
 
 engines = pytest.mark.parametrize("impl", ("reference", "flex"))
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_local=1, window=4)

@@ -37,9 +37,9 @@ def rotate(x: Float[Tensor, "b h t d"], theta: float) -> Float[Tensor, "b h t d"
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = angle.cos(), angle.sin()
     first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class DenseAttention(nn.Module):

@@ -17,8 +17,6 @@ from bench.learn.task import Task
 from bench.learn.train import Twin, evaluate, train
 from bench.record import environment, write_json
 
-CONTINUATION = 240
-
 
 class Comparison:
     """The twins of one run and everything that is written about them to a folder."""
@@ -52,7 +50,8 @@ class Comparison:
         """After each validation: NSA's gates at this point, and the result so far, in case the run is killed."""
         prompt = self.task.prompt(self.settings.context).to(self.device)
         for twin in self._nsa():
-            self.gates.append((twin.progress.tokens, gate_means(twin.model, prompt)))
+            with twin.autocast():
+                self.gates.append((twin.progress.tokens, gate_means(twin.model, prompt)))
         self.save()
 
     def draw(self, prompt: Tensor) -> None:
@@ -60,7 +59,8 @@ class Comparison:
         self.folder.mkdir(parents=True, exist_ok=True)
         pictures.draw_losses(self.folder / "loss.png", {twin.attention: twin.progress for twin in self.twins})
         for twin in self._nsa():
-            look = look_into(twin.model, prompt.to(self.device))
+            with twin.autocast():
+                look = look_into(twin.model, prompt.to(self.device))
             text = pictures.printable(prompt[0].tolist())
             pictures.draw_selection(self.folder / "selection.png", look)
             pictures.draw_query(self.folder / "attention.png", look, telling_query(look), text)
@@ -94,8 +94,11 @@ class Comparison:
         }
 
     def _continuation(self, twin: Twin, prompt: Tensor) -> str:
-        row = prompt.to(self.device)
-        return self.task.decode(generate(twin.model, row, CONTINUATION, self.settings.context, self.settings.seed))
+        settings = self.settings
+        with twin.autocast():
+            row = prompt.to(self.device)
+            drawn = generate(twin.model, row, settings.continuation, settings.context, settings.seed)
+        return self.task.decode(drawn)
 
     def _nsa(self) -> list[Twin]:
         return [twin for twin in self.twins if twin.attention == "nsa"]

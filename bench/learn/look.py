@@ -60,8 +60,8 @@ def look_into(model: Transformer, tokens: Int64[Tensor, "1 t"]) -> Look:
     found = [_attention_of(layer, x) for layer, x in layers]
     selected = torch.stack([_chosen(selection, config.num_blocks(tokens.shape[1])) for _, _, selection in found])
     return Look(
-        weights=torch.stack([weights for weights, _, _ in found]).cpu(),
-        gates=torch.stack([gates for _, gates, _ in found]).cpu(),
+        weights=torch.stack([weights for weights, _, _ in found]).float().cpu(),
+        gates=torch.stack([gates for _, gates, _ in found]).float().cpu(),
         selected=selected.cpu(),
         forced=_forced(tokens.shape[1], config),
         block=config.select_block,
@@ -71,7 +71,7 @@ def look_into(model: Transformer, tokens: Int64[Tensor, "1 t"]) -> Look:
 @torch.no_grad()
 def gate_means(model: Transformer, tokens: Int64[Tensor, "1 t"]) -> Float[Tensor, "layers hq branches"]:
     """Mean over the tokens of each layer's gates."""
-    return torch.stack([layer.attention.gate(x)[0].mean(dim=1) for layer, x in _layers(model, tokens)]).cpu()
+    return torch.stack([layer.attention.gate(x)[0].mean(dim=1) for layer, x in _layers(model, tokens)]).float().cpu()
 
 
 def telling_query(look: Look) -> Query:

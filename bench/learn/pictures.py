@@ -33,7 +33,7 @@ def draw_losses(path: Path, progress: Mapping[str, Progress]) -> None:
         place.plot(edges, means, "o-", ms=3, color=colour, label=name)
     lowest = min(twin.bits for twin in progress.values())
     curve.set(xlabel="training tokens", ylabel="bits per byte", title="validation (points), training (pale)")
-    curve.set_ylim(lowest - 0.1, max(lowest + 2.5, lowest * 1.1))
+    curve.set_ylim(lowest - 0.1, lowest + 2.5)
     place.set(xlabel="position in the context", ylabel="bits per byte", title="validation at the end, by position")
     place.set_xscale("log", base=2)
     for axes in (curve, place):
@@ -59,13 +59,13 @@ def by_position(bits: Sequence[float]) -> tuple[list[float], list[float]]:
 
 
 def draw_selection(path: Path, look: Look) -> None:
-    """For each layer (row) and KV head (column): the blocks that each query selected, the forced ones paler."""
+    """For each KV head (row) and layer (column): the blocks that each query selected, the forced ones paler."""
     layers, heads = look.selected.shape[:2]
-    figure = Figure(figsize=(3.2 * heads + 1, 3 * layers), layout="constrained")
-    grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
+    figure = Figure(figsize=(4 * layers + 0.5, 3.6 * heads + 0.3), layout="constrained")
+    grid = figure.subplots(heads, layers, squeeze=False, sharex=True, sharey=True)
     for layer in range(layers):
         for head in range(heads):
-            axes: Axes = grid[layer, head]
+            axes: Axes = grid[head, layer]
             chosen = look.selected[layer, head].float() - 0.6 * look.forced.float()
             axes.imshow(chosen.numpy(), aspect="auto", cmap="Reds", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(f"layer {layer + 1}, KV head {head + 1}", fontsize=9)
@@ -76,7 +76,8 @@ def draw_selection(path: Path, look: Look) -> None:
 
 def draw_query(path: Path, look: Look, query: Query, text: Sequence[str]) -> None:
     """One query in one layer: the text before it, coloured by the attention of each branch and of their gated sum."""
-    figure = Figure(figsize=(15, 9), layout="constrained")
+    lines = page(text[: query.position + 1])[-1][0] + 1
+    figure = Figure(figsize=(15, 1.2 + 2 * min(4.5, 0.4 + 0.3 * lines)), layout="constrained")
     for axes, branch in zip(figure.subplots(2, 2).flat, (*BRANCHES, "all three, gated"), strict=True):
         if branch in BRANCHES:
             gate = query.gates[BRANCHES.index(branch)].item()
@@ -103,7 +104,7 @@ def _draw_text(axes: Axes, text: Sequence[str], query: Query, size: int, weights
         cells[row, column] = weight**0.5
     axes.imshow(cells, cmap=colours, vmin=0, vmax=max(cells.max() * 1.3, 1e-6), aspect="auto")
     for (row, column), letter in zip(places, text, strict=False):
-        axes.text(column, row, letter, family="monospace", fontsize=6.5, ha="center", va="center")
+        axes.text(column, row, letter, family="monospace", fontsize=min(7.5, 280 / rows), ha="center", va="center")
     for block in query.blocks:
         _outline(axes, places[block * size : (block + 1) * size], "#c1121f", 0.6)
     _outline(axes, places[query.position :], "black", 1.5)

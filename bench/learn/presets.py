@@ -26,26 +26,27 @@ TINY = Settings(
     minutes=1.0,
     evaluations=2,
     validation_rows=8,
+    continuation=24,
 )
 
 CPU = Settings(
     attention=AttentionShape(
-        dim=192,
+        dim=208,
         heads=4,
-        kv_heads=2,
+        kv_heads=1,
         head_dim=32,
-        rope_theta=1e4,
-        nsa=NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=6, window=32),
+        rope_theta=100.0,
+        nsa=NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=8, window=8),
     ),
-    layers=3,
-    hidden=448,
-    context=512,
-    batch=2,
+    layers=2,
+    hidden=672,
+    context=256,
+    batch=4,
     tokens=800_000,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     minutes=4.5,
-    evaluations=9,
-    validation_rows=96,
+    evaluations=7,
+    validation_rows=192,
 )
 
 CUDA = Settings(

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from bench.learn.attention import AttentionShape
 from bench.learn.model import HIDDEN_STEP, ModelShape, Transformer, count_parameters
 
@@ -21,6 +23,7 @@ class Settings:
         minutes: training stops here, all twins together, whatever they have seen.
         evaluations: validation points on the curve, besides the first and the last.
         validation_rows: rows of the final validation; the curve uses a quarter of them.
+        continuation: tokens to sample from each twin at the end.
         bfloat16: autocast to bfloat16 in training and validation.
         compiled: run each twin through torch.compile.
         seed: of the weights, the batches and the sampled continuation.
@@ -36,6 +39,7 @@ class Settings:
     minutes: float
     evaluations: int
     validation_rows: int
+    continuation: int = 240
     bfloat16: bool = False
     compiled: bool = False
     seed: int = 0
@@ -64,7 +68,8 @@ class Settings:
 def twin_shape(settings: Settings, attention: str, vocabulary: int) -> ModelShape:
     """Sizes of one twin: its MLP is as wide as makes its parameters equal those of the full-attention twin."""
     shape = ModelShape(settings.attention, settings.layers, settings.hidden, vocabulary)
-    surplus = count_parameters(Transformer(shape, attention)) - count_parameters(Transformer(shape, "full"))
+    with torch.device("meta"):
+        surplus = count_parameters(Transformer(shape, attention)) - count_parameters(Transformer(shape, "full"))
     one_step = 3 * settings.attention.dim * settings.layers * HIDDEN_STEP
     hidden = settings.hidden - HIDDEN_STEP * round(surplus / one_step)
     if hidden <= 0:

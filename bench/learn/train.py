@@ -77,9 +77,13 @@ class Twin:
         self.progress.validation.append((self.progress.tokens, (bits.sum() / asked.sum()).item()))
         self.progress.position_bits = (bits / asked).tolist()
 
+    def autocast(self) -> torch.autocast:
+        """The precision in which this twin trains."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
+
     def _bits(self, batch: Batch) -> Float[Tensor, "b t"]:
         """Bits of each label, 0 where none is asked."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
+        with self.autocast():
             logits = self.network(batch.inputs.to(self.device))
         labels = batch.labels.to(self.device)
         nats = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")

@@ -30,8 +30,8 @@ def draw(mask_mod: MaskMod, tokens: int, *, heads: int = 1, block_size: int = 8,
         ImportError: matplotlib is not installed.
     """
     at_least("draw", 1, tokens=tokens, heads=heads, block_size=block_size)
-    pairs = create_mask(mask_mod, 1, heads, tokens, tokens, device="cpu")[0].int() * FULL
     tiles = _tiles(mask_mod, tokens, heads, block_size)
+    pairs = create_mask(mask_mod, 1, heads, tokens, tokens, device="cpu")[0].int() * FULL
     figure = _figure_class()(figsize=(8, 4 * heads + 0.5), layout="constrained")
     figure.suptitle(getattr(mask_mod, "__name__", "mask") if title is None else title)
     for head, axes in enumerate(figure.subplots(heads, 2, squeeze=False)):
