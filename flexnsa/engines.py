@@ -17,7 +17,9 @@ Engine = Literal["triton", "flex", "reference"]
 Stage = Literal["compressed", "selection", "selected", "window"]
 
 ENGINES: tuple[Engine, ...] = ("triton", "flex", "reference")
-"""In the order in which ``impl="auto"`` tries them."""
+
+AUTO: tuple[Engine, ...] = ("flex", "reference")
+"""What ``impl="auto"`` tries, in order. Triton joins once its kernels, as they are, have passed their tests on a GPU."""
 
 # Read once: torch.compile traces through the choice of an engine, but not through a search of the path.
 TRITON_INSTALLED = find_spec("triton") is not None
@@ -50,7 +52,7 @@ def choose(impl: Impl, stage: Stage, *tensors: Tensor, mods: bool = False) -> Ch
     """
     if impl == "auto":
         obstacles: list[str] = []
-        for candidate in ENGINES:
+        for candidate in AUTO:
             obstacle = _auto_obstacle(candidate, tensors, mods)
             if obstacle is None:
                 return Choice(stage, *_part(candidate, stage, tensors[0], "; ".join(obstacles) or "the fastest"))

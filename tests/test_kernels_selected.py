@@ -136,7 +136,7 @@ def test_blocks_of_many_items_and_chunks(group, monkeypatch):
     monkeypatch.setattr(selected_backward, "_FOLD", 2)
     monkeypatch.setattr(spans, "PARTIAL_BYTES", 16 * 2 * group * 16 * 4)
     monkeypatch.setattr(spans, "_SORTED_PAIRS", 1)
-    inputs, indices, position, start = make(1, 2, group, 16, 16, 16, 60, False, 2, 4)
+    inputs, indices, position, start = make(1, 2, group, 16, 16, 16, 60, False, 2, 0)
     check(inputs, indices, position, start, select_block=16, scale=0.3)
 
 

@@ -1,0 +1,97 @@
+"""What adjacent queries have in common: the blocks that a tile of them visits together, and what is left to each.
+
+Neighbours often select alike. A block that enough queries of a tile chose is worth one visit by the whole tile, with
+membership masked per query; the others are left to the queries themselves. All of it is decided on the device, tile by
+tile, so that nothing waits for the host.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Sharing(NamedTuple):
+    """The common blocks of each tile and the remaining blocks of each query.
+
+    Attributes:
+        base: int32 ``[lanes, tiles, most]``, first token of each common block, in the order of their first choosers.
+        members: int32 ``[lanes, tiles, most]``, bit r set where the tile's query r chose it.
+        common: int32 ``[lanes, tiles]``, number of common blocks.
+        rest: int32 ``[lanes, tq, n]``, first tokens of each query's other blocks, left-packed, padded with -1.
+        rest_count: int32 ``[lanes, tq]``, number of those.
+    """
+
+    base: Tensor
+    members: Tensor
+    common: Tensor
+    rest: Tensor
+    rest_count: Tensor
+
+
+def share_selection(base: Tensor, queries: int, least: int, worth: float) -> Sharing:
+    """Divide a selection into what ``least`` or more of each ``queries`` adjacent queries chose, and the rest.
+
+    ``base`` int32 [lanes, tq, n] holds first tokens, -1 for none; ``queries`` is at most 32. A tile whose common blocks
+    number more than ``worth`` times the choices that they stand for shares nothing.
+    """
+    lanes, tq, n = base.shape
+    tiles = triton.cdiv(tq, queries)
+    most = max(1, queries * n // least)
+    common, members = (base.new_empty(lanes, tiles, most) for _ in range(2))
+    count, rest, rest_count = base.new_empty(lanes, tiles), torch.empty_like(base), base.new_empty(lanes, tq)
+    _divide[(tiles, lanes)](
+        base, common, members, count, rest, rest_count, tq, most, worth,
+        N=n, N_PAD=triton.next_power_of_2(n), LEAST=least,
+        QUERIES=queries, QUERIES_PAD=triton.next_power_of_2(queries), num_warps=1,
+    )  # fmt: skip
+    return Sharing(common, members, count, rest, rest_count)
+
+
+@triton.jit(do_not_specialize=["tq", "most"])
+def _divide(
+    base, common, members, count, rest, rest_count, tq, most, worth,
+    N: tl.constexpr, N_PAD: tl.constexpr, LEAST: tl.constexpr, QUERIES: tl.constexpr, QUERIES_PAD: tl.constexpr,
+):  # fmt: skip
+    tile, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile_at = lane * tl.num_programs(0) + tile
+    first = lane * tq + tile * QUERIES
+    members_here = tl.minimum(QUERIES, tq - tile * QUERIES)
+    entry = tl.arange(0, QUERIES_PAD * N_PAD)
+    member, slot = entry // N_PAD, entry % N_PAD
+    inside = (slot < N) & (member < members_here)
+    mine = tl.load(base + (first + member) * N + slot, mask=inside, other=-1)
+    bits = tl.zeros([QUERIES_PAD * N_PAD], tl.int32)
+    number = tl.zeros([QUERIES_PAD * N_PAD], tl.int32)
+    lowest = tl.full([QUERIES_PAD * N_PAD], 32, tl.int32)
+    for other in range(members_here):
+        chosen = tl.zeros([QUERIES_PAD * N_PAD], tl.int32)
+        for other_slot in tl.static_range(N):
+            chosen |= (mine == tl.load(base + (first + other) * N + other_slot)).to(tl.int32)
+        bits |= chosen << other
+        number += chosen
+        lowest = tl.where((chosen != 0) & (lowest == 32), other, lowest)
+    taken = mine >= 0
+    common_here = taken & (number >= LEAST)
+    leads = common_here & (lowest == member)
+    blocks, choices = tl.sum(leads.to(tl.int32), axis=0), tl.sum(common_here.to(tl.int32), axis=0)
+    least = tl.where(blocks <= worth * choices, LEAST, QUERIES + 1)
+    leads = leads & (number >= least)
+    place = tl.cumsum(leads.to(tl.int32), axis=0) - 1
+    # A list that names a block twice could overflow; what does not fit is left to the query.
+    leads = leads & (place < most)
+    tl.store(common + tile_at * most + place, mine, mask=leads)
+    tl.store(members + tile_at * most + place, bits, mask=leads)
+    tl.store(count + tile_at, tl.minimum(tl.sum(leads.to(tl.int32), axis=0), most))
+    left = tl.reshape((taken & (number < least)).to(tl.int32), [QUERIES_PAD, N_PAD])
+    place = tl.cumsum(left, axis=1) - left
+    total = tl.sum(left, axis=1)
+    row, column = tl.arange(0, QUERIES_PAD), tl.arange(0, N_PAD)
+    inside = (row < members_here)[:, None] & (column < N)[None, :]
+    rest_at = rest + (first + row)[:, None] * N
+    # Stores of one place never race: the padding begins where the packed entries end.
+    tl.store(rest_at + place, tl.reshape(mine, [QUERIES_PAD, N_PAD]), mask=inside & (left != 0))
+    tl.store(rest_at + column[None, :], -1, mask=inside & (column[None, :] >= total[:, None]))
+    tl.store(rest_count + first + row, total, mask=row < members_here)

@@ -1,0 +1,61 @@
+"""How much of a call is in flight at once: lanes (batch element and KV head) and chunks of queries bound memory."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import triton
+
+PARTIAL_BYTES = 288 << 20
+"""Most bytes of per-pair results held at once."""
+
+_SORTED_PAIRS = 4 << 20
+
+
+class Span(NamedTuple):
+    """A run of adjacent lanes and adjacent chunks of queries whose pairs are sorted together.
+
+    Attributes:
+        lane: first lane.
+        lanes: number of lanes.
+        at_once: lanes whose results are held at once.
+        query: first query.
+        queries: queries of a chunk.
+        chunks: number of chunks.
+    """
+
+    lane: int
+    lanes: int
+    at_once: int
+    query: int
+    queries: int
+    chunks: int
+
+    def steps(self) -> Iterator[tuple[int, int, int]]:
+        """(first lane within the span, lanes, chunk) of each launch."""
+        for lane in range(0, self.lanes, self.at_once):
+            for chunk in range(self.chunks):
+                yield lane, min(self.at_once, self.lanes - lane), chunk
+
+
+def spans(lanes: int, tq: int, n: int, pair_bytes: int) -> Iterator[Span]:
+    """Cover ``lanes`` x ``tq`` queries of ``n`` pairs each, ``pair_bytes`` of results a pair.
+
+    One lane's queries come before more lanes: the more queries that share a block are worked on together, the fewer
+    times it is read.
+    """
+    most = max(16, PARTIAL_BYTES // (n * pair_bytes))
+    chunks = triton.cdiv(tq, most)
+    queries = triton.cdiv(tq, chunks)
+    at_once = max(1, min(lanes, most // queries))
+    chunks_sorted = max(1, min(chunks, _SORTED_PAIRS // (at_once * queries * n)))
+    lanes_sorted = max(at_once, min(lanes, _SORTED_PAIRS // (chunks_sorted * queries * n)) // at_once * at_once)
+    for lane in range(0, lanes, lanes_sorted):
+        for chunk in range(0, chunks, chunks_sorted):
+            yield Span(
+                lane=lane,
+                lanes=min(lanes_sorted, lanes - lane),
+                at_once=at_once,
+                query=chunk * queries,
+                queries=queries,
+                chunks=min(chunks_sorted, chunks - chunk),
+            )
