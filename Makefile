@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: test demo lint types unit build clean
+.PHONY: test demo lint types unit docs docs-serve docs-test build clean
 
 test: lint types unit
 
@@ -21,6 +21,19 @@ types: .venv/ready
 unit: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# The notice that this silences is about the next major version of mkdocs.
+MKDOCS := NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs
+
+docs: .venv/docs
+	$(MKDOCS) build --strict
+
+docs-serve: .venv/docs
+	$(MKDOCS) serve
+
+# Needs Chromium: apt-get install chromium
+docs-test: docs
+	$(BIN)/python docs/make/browse.py
+
 build: .venv/ready
 	$(BIN)/python -m build
 
@@ -29,6 +42,10 @@ build: .venv/ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --editable ".[docs]"
 	touch $@
 
 clean:

@@ -19,7 +19,7 @@ Stage = Literal["compressed", "selection", "selected", "window"]
 ENGINES: tuple[Engine, ...] = ("triton", "flex", "reference")
 
 AUTO: tuple[Engine, ...] = ("flex", "reference")
-"""What ``impl="auto"`` tries, in order. Triton joins once its kernels, as they are, have passed their tests on a GPU."""
+"""What ``impl="auto"`` tries, in order. Triton joins once its kernels, as they are, passed their tests on a GPU."""
 
 # Read once: torch.compile traces through the choice of an engine, but not through a search of the path.
 TRITON_INSTALLED = find_spec("triton") is not None

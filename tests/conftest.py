@@ -273,8 +273,8 @@ def assert_as_accurate(actual: Tensor, baseline: Tensor, exact: Tensor, logits: 
     """`actual` is about as far from `exact` as plain torch is at the same precision, at worst and on average.
 
     Beyond that it may be off by some roundings of the largest number, or of a typical one for the average, and by what
-    cancels to 0 in float32 from numbers of the inputs' size. `logits`: how large they are, since a softmax weight is only
-    as exact as its logit's last digit.
+    cancels to 0 in float32 from numbers of the inputs' size. `logits` says how large the logits are: a softmax weight
+    is only as exact as its logit's last digit.
     """
     assert actual.shape == exact.shape
     assert torch.equal(actual == -torch.inf, exact == -torch.inf)

@@ -209,7 +209,7 @@ def test_invisible_memory_may_hold_nan():
 def test_garbage_tables_stay_in_memory():
     p = random_problem(SMALL, 24, 2, 1, 16, torch.float16)
     wild = torch.tensor([[-(1 << 40), 1 << 40, 7, -1] * 6])
-    indices = p._replace(table=QueryTable(wild, wild.flip(1), wild.roll(1, 1), packed=True)).select()
+    indices = p._replace(table=QueryTable(wild, wild.flip(1), wild.roll(1, 1))).select()
     assert indices.shape == (1, 1, 24, 4)
     assert ((indices >= -1) & (indices < 6)).all()
 

@@ -1,0 +1,119 @@
+"""The built site in a headless Chromium: `python docs/make/browse.py [FOLDER FOR SCREENSHOTS]`.
+
+Opens every page at desktop and phone width, searches, switches to dark, and exits with status 1 on a missing image or
+script, a console error, a request to elsewhere, or a page that is wider than the phone.
+"""
+
+import functools
+import http.server
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+SITE = Path(__file__).parents[2] / "site"
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+class Visit:
+    """One browser tab and everything that went wrong in it."""
+
+    def __init__(self, browser: Browser, address: str, width: tuple[int, int], theme: str):
+        self.address, self.wrong = address, []
+        size = {"width": width[0], "height": width[1]}
+        self.page: Page = browser.new_context(viewport=size, color_scheme=theme).new_page()
+        self.page.on("console", lambda line: self._note(line.type in ("error", "warning"), f"console: {line.text}"))
+        self.page.on("pageerror", lambda error: self._note(True, f"script error: {error}"))
+        self.page.on("requestfailed", lambda request: self._note(True, f"failed: {request.url}"))
+        self.page.on("response", lambda answer: self._note(answer.status >= 400, f"{answer.status}: {answer.url}"))
+        self.page.on("request", lambda request: self._note(self._outside(request.url), f"outside: {request.url}"))
+
+    def open(self, path: str) -> None:
+        """Load a page and look at its images and its width."""
+        self.page.goto(self.address + path, wait_until="networkidle")
+        broken = self.page.eval_on_selector_all("img", "images => images.filter(i => !i.naturalWidth).map(i => i.src)")
+        self._note(bool(broken), f"images not shown: {broken}")
+        wide = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        self._note(wide > 0, f"wider than the window by {wide} pixels")
+
+    def search(self, words: str, folder: str, anchor: str) -> None:
+        """Search from the first page, and follow the result to an anchor of a page."""
+        self.open("")
+        if not self.page.locator("input.md-search__input").is_visible():
+            self.page.locator("label[for=__search]").first.click()
+        self.page.locator("input.md-search__input").press_sequentially(words)
+        result = self.page.locator(f"a.md-search-result__link[href*='{folder}'][href$='#{anchor}']").first
+        result.click()
+        heading = self.page.locator(f"[id='{anchor}']").first
+        heading.wait_for(state="visible")
+        self._note(words not in heading.inner_text(), f"search for {words} led to {self.page.url}")
+
+    def _outside(self, url: str) -> bool:
+        return not url.startswith((self.address, "data:", "blob:"))
+
+    def _note(self, is_wrong: bool, what: str) -> None:
+        if is_wrong:
+            self.wrong.append(f"{self.page.url if hasattr(self, 'page') else ''}  {what}")
+
+
+def main(shots: Path | None) -> int:
+    """Number of things that are wrong, each printed."""
+    pages = sorted(str(path.relative_to(SITE).parent) + "/" for path in SITE.rglob("index.html"))
+    pages = ["" if page == "./" else page for page in pages]
+    wrong: list[str] = []
+    with served(SITE) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for name, width in WIDTHS.items():
+            for theme in ("light", "dark"):
+                visit = Visit(browser, address, width, theme)
+                for page in pages if theme == "light" else pages[:1]:
+                    visit.open(page)
+                    if shots:
+                        file = f"{name}-{theme}-{page.strip('/').replace('/', '-') or 'home'}.png"
+                        visit.page.screenshot(path=shots / file, full_page=True)
+                wrong += [f"{name}, {theme}: {what}" for what in visit.wrong]
+            visit = Visit(browser, address, width, "light")
+            visit.search("select_blocks", "api/selection/", "flexnsa.select_blocks")
+            wrong += [f"{name}, search: {what}" for what in visit.wrong]
+        follow_navigation(browser, address, wrong)
+    print("\n".join(wrong) or f"{len(pages)} pages at {len(WIDTHS)} widths: nothing wrong")
+    return len(wrong)
+
+
+def follow_navigation(browser: Browser, address: str, wrong: list[str]) -> None:
+    """From the first page by the "next" links to the last one."""
+    visit = Visit(browser, address, WIDTHS["desktop"], "light")
+    visit.open("")
+    seen = [visit.page.url]
+    while (following := visit.page.locator("a.md-footer__link--next")).count():
+        following.first.click()
+        visit.page.wait_for_load_state("networkidle")
+        seen.append(visit.page.url)
+    wrong += [f"navigation: {what}" for what in visit.wrong]
+    print(f"followed {len(seen)} pages, the last one {seen[-1]}")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Address of a local server of ``folder``."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="site-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.exit(main(folder) > 0)

@@ -1,0 +1,196 @@
+"""What works where: every feature tried on every engine of a device, against the dense engine in float64.
+
+Recorded on each device by hand, the CPU one under Triton's interpreter, and read by the build:
+
+    TRITON_INTERPRET=1 python docs/make/support.py > docs/make/support-cpu.json
+    python docs/make/support.py > docs/make/support-h200.json
+"""
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import flex_attention
+
+from flexnsa import (
+    BranchKV,
+    MeanPool,
+    NSAConfig,
+    Selection,
+    compressed_attention,
+    documents_from_lengths,
+    explain,
+    native_sparse_attention,
+    select_blocks,
+)
+from flexnsa.compression import compress
+from flexnsa.engines import AUTO, ENGINES, Impl
+from flexnsa_masks import causal, or_masks, prefix
+
+HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=4, window=10)
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class Problem(NamedTuple):
+    """One call: sizes, geometry, and how it is made."""
+
+    tokens: int = 40
+    heads: tuple[int, int] = (4, 2)
+    dims: tuple[int, int] = (16, 16)
+    dtype: torch.dtype = torch.float32
+    config: NSAConfig = SIZES
+    first: int = 0
+    lengths: tuple[int, ...] | None = None
+    gradients: bool = False
+    compiled: bool = False
+    prefix: int = 0
+
+
+FEATURES: Mapping[str, Problem] = {
+    "forward, float32": Problem(),
+    "bfloat16": Problem(dtype=torch.bfloat16),
+    "float16": Problem(dtype=torch.float16),
+    "float64": Problem(dtype=torch.float64),
+    "gradients": Problem(gradients=True),
+    "one query head a KV head (g = 1)": Problem(heads=(2, 2)),
+    "a group of three (g = 3)": Problem(heads=(6, 2)),
+    "a group of sixteen (g = 16)": Problem(heads=(16, 1)),
+    "key and value dims that differ": Problem(dims=(24, 16)),
+    "five selected blocks, of 12 tokens": Problem(
+        config=NSAConfig(compress_block=8, compress_stride=4, select_block=12, num_selected=5, window=10)
+    ),
+    "some of the queries (`positions`)": Problem(first=21),
+    "packed documents and padding (`documents`)": Problem(lengths=(21, 1, 15)),
+    "a mask in place of causality (`mask_mod`)": Problem(prefix=13),
+    "fewer tokens than a compressed one": Problem(tokens=5),
+    "`torch.compile(fullgraph=True)`": Problem(compiled=True),
+}
+LATER = ("decoding with a cache", "context parallelism", "Hugging Face models")
+
+
+def auto_order() -> str:
+    """Which engines `impl="auto"` tries, as a sentence."""
+    tried = " and then ".join(f"`{engine}`" for engine in AUTO)
+    missing = [f'`impl="{engine}"`' for engine in ENGINES if engine not in AUTO]
+    return f"tries {tried}." + (f" {', '.join(missing)} has to be asked for." if missing else "")
+
+
+def engines_table() -> str:
+    """What `impl="auto"` takes, asked of `explain` with tensors that have a device and a dtype and no memory."""
+    cases = {
+        "CPU": ("cpu", torch.float32, 64),
+        "CUDA; bfloat16, float16, float32": ("cuda", torch.bfloat16, 64),
+        "CUDA, a mask mod or a score mod": ("cuda", torch.bfloat16, 64),
+        "CUDA, head dim above 256": ("cuda", torch.bfloat16, 320),
+        "CUDA, float64": ("cuda", torch.float64, 64),
+    }
+    rows = ["| inputs | compressed | selection | selected | window |", "|---|---|---|---|---|"]
+    with FakeTensorMode():
+        for name, (device, dtype, dim) in cases.items():
+            choices = explain(torch.empty(1, 4, 8, dim, device=device, dtype=dtype), mods="mod" in name)
+            rows.append(f"| {name} | " + " | ".join(f"`{choice.engine}`" for choice in choices) + " |")
+    return "\n".join(rows)
+
+
+def support_table() -> str:
+    """A table for each device that was recorded."""
+    return "\n\n".join(_table(json.loads(path.read_text())) for path in sorted(HERE.glob("support-*.json")))
+
+
+def record() -> dict[str, object]:
+    """Every feature on every engine: "yes", or why not. Raises AssertionError where a result is wrong."""
+    if DEVICE == "cpu":  # Eager FlexAttention traces itself at every call, only to run the same dense code.
+        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    cells = {name: {impl: attempt(problem, impl) for impl in ENGINES} for name, problem in FEATURES.items()}
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    today = datetime.date.today().isoformat()
+    return {"device": device, "torch": torch.__version__, "date": today, "cells": cells}
+
+
+def _table(record: dict) -> str:
+    reasons: list[str] = []
+    rows = [f"| {record['device']} | " + " | ".join(f"`{e}`" for e in ENGINES) + " |", "|---|" + ":-:|" * len(ENGINES)]
+    for feature, cells in record["cells"].items():
+        rows.append(f"| {feature} | " + " | ".join(_cell(cells[engine], reasons) for engine in ENGINES) + " |")
+    rows += [f"| {feature} | " + " | ".join("not yet" for _ in ENGINES) + " |" for feature in LATER]
+    notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    return "\n".join(rows) + f"\n\nTried with torch {record['torch']} on {record['date']}.\n\n{notes}"
+
+
+def _cell(outcome: str, reasons: list[str]) -> str:
+    if outcome == "yes":
+        return "yes"
+    if outcome not in reasons:
+        reasons.append(outcome)
+    return f"no ({reasons.index(outcome) + 1})"
+
+
+def attempt(problem: Problem, impl: Impl) -> str:
+    """Say "yes", or why the engine refuses. Raises AssertionError where a result is wrong."""
+    try:
+        found = _results(problem, impl)
+    except NotImplementedError as error:
+        return str(error).partition(": ")[2].partition("; use impl")[0]
+    for name, (value, expected) in found.items():
+        scale = expected.abs().max().clamp(min=1)
+        error = ((value.double() - expected).abs().max() / scale).item()
+        assert error <= TOLERANCE[problem.dtype], f"{impl}, {problem}: {name} differs by {error}"
+    return "yes"
+
+
+def _results(problem: Problem, impl: Impl) -> dict[str, tuple[Tensor, Tensor]]:
+    """Output, and gradients where asked for, of an engine and of the reference, given the engine's own selection."""
+    leaves, options = _inputs(problem)
+    exact = [x.detach().double().requires_grad_(problem.gradients) for x in leaves]
+    selection = _selection(problem, impl, leaves, options)
+    out, expected = (
+        _attend(problem, engine, inputs, options, selection)
+        for engine, inputs in ((impl, leaves), ("reference", exact))
+    )
+    found = {"out": (out, expected)}
+    if problem.gradients:
+        gradients = (torch.autograd.grad(y.square().sum(), x) for y, x in ((out, leaves), (expected, exact)))
+        found |= {f"gradient {i}": pair for i, pair in enumerate(zip(*gradients, strict=True))}
+    return found
+
+
+def _inputs(problem: Problem) -> tuple[list[Tensor], dict]:
+    torch.manual_seed(0)
+    (hq, hk), (d, dv), queries = problem.heads, problem.dims, problem.tokens - problem.first
+    shapes = ((hq, queries, d), (hk, problem.tokens, d), (hk, problem.tokens, dv), (hq, queries, 3))
+    leaves = [torch.randn(1, *shape).to(DEVICE, problem.dtype).requires_grad_(problem.gradients) for shape in shapes]
+    options: dict = {}
+    if problem.first:
+        options["positions"] = torch.arange(problem.first, problem.tokens, device=DEVICE)
+    if problem.lengths:
+        options["documents"] = documents_from_lengths(list(problem.lengths), problem.tokens).to(DEVICE)
+    if problem.prefix:
+        options["mask_mod"] = or_masks(causal(), prefix(problem.prefix))
+    return leaves, options
+
+
+def _selection(problem: Problem, impl: Impl, leaves: list[Tensor], options: dict) -> Selection:
+    q, k, v, _ = (x.detach() for x in leaves)
+    k_cmp, v_cmp = compress(MeanPool(problem.config), k, v, problem.config, documents=options.get("documents"))
+    lse = compressed_attention(q, k_cmp, v_cmp, problem.config, **options, impl=impl).lse
+    return select_blocks(q, k_cmp, lse, problem.config, num_tokens=problem.tokens, **options, impl=impl)
+
+
+def _attend(problem: Problem, impl: Impl, leaves: list[Tensor], options: dict, selection: Selection) -> Tensor:
+    q, k, v, gates = leaves
+    attend = native_sparse_attention
+    if problem.compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "eager")
+    kv, pool = BranchKV.shared(k, v), MeanPool(problem.config)
+    return attend(q, kv, gates, problem.config, pool, **options, selection=selection, impl=impl)
+
+
+if __name__ == "__main__":
+    print(json.dumps(record(), indent=1))
