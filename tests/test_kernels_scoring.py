@@ -258,7 +258,7 @@ def on_the_gpu(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dt
 def select_all(p: Problem) -> Tensor:
     """Every query of a long problem, on the GPU."""
     position = torch.arange(p.tokens, device="cuda")[None]
-    table = QueryTable(position, position * 0, position * 0, packed=False)
+    table = QueryTable(position, position * 0, position * 0)
     tensors, keywords = p._replace(table=table).arguments
     return scoring.select_blocks(*tensors, **keywords)
 
@@ -317,7 +317,7 @@ def test_a_packed_row_equals_its_documents_alone():
         keys = slice(offset, offset + p.config.num_compressed(length))
         alone = p._replace(
             q=p.q[:, :, rows], k_cmp=p.k_cmp[:, :, keys], lse=p.lse[:, :, rows], tokens=length,
-            table=QueryTable(torch.arange(length)[None], *torch.zeros(2, 1, length, dtype=torch.int64), packed=False),
+            table=QueryTable(torch.arange(length)[None], *torch.zeros(2, 1, length, dtype=torch.int64)),
         )  # fmt: skip
         assert torch.equal(alone.select(), packed[:, :, rows])
         first += length
