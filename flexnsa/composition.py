@@ -40,11 +40,11 @@ class AttentionContext:
         branch: name of the branch that is being computed.
     """
 
-    q: Tensor
-    x: Tensor
+    q: Float[Tensor, "b hq tq d"]
+    x: Float[Tensor, "b tq dim"]
     num_tokens: int
-    positions: Tensor | None
-    documents: Tensor | None
+    positions: Int[Tensor, "*b tq"] | None
+    documents: Int[Tensor, "b tk"] | None
     mask_mod: MaskMod | None
     impl: Impl
     selector: Selector | None
@@ -92,7 +92,13 @@ class AttentionContext:
 class Branch(Protocol):
     """One way to attend. Any object with this method is a branch; an ``nn.Module`` has its parameters registered."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
+    def attend(
+        self,
+        q: Float[Tensor, "b hq tq d"],
+        k: Float[Tensor, "b hk tk d"],
+        v: Float[Tensor, "b hk tk dv"],
+        context: AttentionContext,
+    ) -> AttentionOutput:
         """``AttentionOutput(out [b, hq, tq, dv], lse [b, hq, tq])`` of queries ``q [b, hq, tq, d]``."""
         ...
 
@@ -100,7 +106,7 @@ class Branch(Protocol):
 class Selector(Protocol):
     """One way to choose blocks. Any object with this method is a selector."""
 
-    def select(self, q: Tensor, context: AttentionContext) -> Selection:
+    def select(self, q: Float[Tensor, "b hq tq d"], context: AttentionContext) -> Selection:
         """The blocks of each query, by the contract of ``Selection``."""
         ...
 
@@ -119,7 +125,13 @@ class CompressedBranch(nn.Module):
         super().__init__()
         self.config, self.compressor, self.scale, self.score_mod = config, compressor, scale, score_mod
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
+    def attend(
+        self,
+        q: Float[Tensor, "b hq tq d"],
+        k: Float[Tensor, "b hk tk d"],
+        v: Float[Tensor, "b hk tk dv"],
+        context: AttentionContext,
+    ) -> AttentionOutput:
         """See ``compressed_attention``."""
         k, v = compress(self.compressor, k, v, self.config, documents=context.documents)
         context.attended[context.branch] = (k, v)
@@ -133,7 +145,13 @@ class SelectedBranch(nn.Module):
         super().__init__()
         self.config, self.scale, self.score_mod = config, scale, score_mod
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
+    def attend(
+        self,
+        q: Float[Tensor, "b hq tq d"],
+        k: Float[Tensor, "b hk tk d"],
+        v: Float[Tensor, "b hk tk dv"],
+        context: AttentionContext,
+    ) -> AttentionOutput:
         """See ``selected_attention``."""
         return selected_attention(
             q, k, v, context.selection, self.config, scale=self.scale, score_mod=self.score_mod, **context.options
@@ -147,7 +165,13 @@ class WindowBranch(nn.Module):
         super().__init__()
         self.config, self.scale, self.score_mod = config, scale, score_mod
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
+    def attend(
+        self,
+        q: Float[Tensor, "b hq tq d"],
+        k: Float[Tensor, "b hk tk d"],
+        v: Float[Tensor, "b hk tk dv"],
+        context: AttentionContext,
+    ) -> AttentionOutput:
         """See ``window_attention``."""
         return window_attention(q, k, v, self.config, scale=self.scale, score_mod=self.score_mod, **context.options)
 
@@ -173,7 +197,7 @@ class ImportanceSelector(nn.Module):
         super().__init__()
         self.config, self.branch, self.scale, self.score_mod = config, branch, scale, score_mod
 
-    def select(self, q: Tensor, context: AttentionContext) -> Selection:
+    def select(self, q: Float[Tensor, "b hq tq d"], context: AttentionContext) -> Selection:
         """See ``select_blocks``."""
         (k_cmp, _), output = context.earlier(self.branch)
         return select_blocks(

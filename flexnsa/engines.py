@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "flex", "reference"]
@@ -67,7 +68,7 @@ def choose(impl: Impl, stage: Stage, *tensors: Tensor, mods: bool = False) -> Ch
     return Choice(stage, *_part(impl, stage, tensors[0], "asked for"))
 
 
-def explain(*tensors: Tensor, impl: Impl = "auto", mods: bool = False) -> list[Choice]:
+def explain(*tensors: Float[Tensor, "b heads tokens dim"], impl: Impl = "auto", mods: bool = False) -> list[Choice]:
     """Which engine each stage takes for inputs like ``tensors`` (q, and k, v where at hand), and why.
 
     ``mods`` says that a mask mod or a score mod is given.

@@ -182,11 +182,22 @@ def assert_annotated(value, hint, where):
 STAGES = ("compressed_attention", "select_blocks", "selected_attention", "window_attention", "native_sparse_attention")
 
 
-def test_public_functions_annotate_every_tensor():
-    for name in (*STAGES, "block_importance"):
-        hints = typing.get_type_hints(getattr(flexnsa, name))
-        bare = [argument for argument, hint in hints.items() if hint is torch.Tensor]
-        assert not bare, f"{name}: {bare} without axes"
+def public_callables():
+    """Public functions, and the public methods (``forward`` among them) of public classes."""
+    for name in flexnsa.__all__:
+        value = getattr(flexnsa, name)
+        if inspect.isfunction(value):
+            yield name, value
+        elif inspect.isclass(value):
+            methods = {n: f for n, f in vars(value).items() if inspect.isfunction(f) and not n.startswith("_")}
+            yield from ((f"{name}.{method}", function) for method, function in methods.items())
+
+
+@pytest.mark.parametrize(("name", "function"), list(public_callables()), ids=lambda x: x if isinstance(x, str) else "")
+def test_every_public_tensor_is_annotated_with_its_axes(name, function):
+    hints = typing.get_type_hints(inspect.unwrap(function))
+    bare = [argument for argument, hint in hints.items() if torch.Tensor in (hint, *typing.get_args(hint))]
+    assert not bare, f"{name}: {bare} without axes"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
