@@ -39,7 +39,7 @@ def values_are_checked(tensor: Tensor) -> bool:
 
 
 def check_tensor(name: str, x: object, axes: str) -> None:
-    """``x`` is a floating-point tensor with the named axes, none of them empty."""
+    """``x`` is a floating-point tensor with the named axes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor [{axes.replace(' ', ', ')}], got {type(x).__name__}")
     if x.ndim != len(axes.split()):
@@ -106,6 +106,9 @@ def check_lse(lse: Tensor, q: Tensor) -> None:
     check_tensor("lse", lse, "b hq tq")
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse must have q's shape [b, hq, tq] = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+    expected = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if lse.dtype != expected:
+        raise ValueError(f"lse must be {expected} for q of {q.dtype}, got {lse.dtype}; pass the branch's own LSE")
     if lse.device != q.device:
         raise ValueError(f"lse must be on q's device {q.device}, got {lse.device}; move it with .to()")
 
@@ -123,7 +126,7 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     """The softmax scale: ``head_dim ** -0.5`` for None. Zero is a value; NaN and infinity are not."""
     if scale is None:
         return float(head_dim**-0.5)
-    if not isinstance(scale, int | float):
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}; pass a Python number")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; pass None for head_dim ** -0.5")

@@ -250,12 +250,18 @@ class SparseAttention(nn.Module):
         if not branches:
             raise ValueError("branches is empty; pass at least one branch by name")
         for name in branches:
-            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
                 raise ValueError(f"branches has the name {name!r}, which cannot name a submodule; choose another one")
-        self.branches = dict(branches)
-        # The same objects once more, so that parameters of those that are modules are found.
+        self._order = tuple(branches)
         self.branch_modules = nn.ModuleDict({n: b for n, b in branches.items() if isinstance(b, nn.Module)})
+        self._other_branches = {n: b for n, b in branches.items() if not isinstance(b, nn.Module)}
         self.gate, self.selector, self.impl = gate, selector, impl
+
+    @property
+    def branches(self) -> dict[str, Branch]:
+        """The branches by name, in the order in which they are computed."""
+        found: dict[str, Any] = {**self._other_branches, **dict(self.branch_modules.items())}
+        return {name: found[name] for name in self._order}
 
     def forward(
         self,
@@ -284,8 +290,11 @@ class SparseAttention(nn.Module):
         Raises:
             ValueError: the names, shapes or outputs do not fit.
         """
-        if set(kv) != set(self.branches):
-            raise ValueError(f"kv must have the branches' names {sorted(self.branches)}, got {sorted(kv)}")
+        if set(kv) != set(self._order):
+            raise ValueError(f"kv must have the branches' names {sorted(self._order)}, got {sorted(kv)}")
+        dims = {name: v.shape[-1] for name, (_, v) in kv.items()}
+        if len(set(dims.values())) > 1:
+            raise ValueError(f"the branches' value dims must agree, got {dims}; their outputs are summed")
         checks.check_tensor("q", q, "b hq tq d")
         num_tokens = max(k.shape[2] for k, _ in kv.values())
         context = AttentionContext(q, x, num_tokens, positions, documents, mask_mod, self.impl, self.selector)
@@ -293,15 +302,21 @@ class SparseAttention(nn.Module):
             context.branch = name
             output = branch.attend(q, *kv[name], context)
             context.attended.setdefault(name, kv[name])
-            context.outputs[name] = _checked(output, name, (*q.shape[:3], kv[name][1].shape[-1]))
+            context.outputs[name] = _checked(output, name, q, dims[name])
         gates = self.gate(x).to(q.dtype)
-        checks.check_gates(gates, q, branches=len(self.branches))
+        checks.check_gates(gates, q, branches=len(self._order))
         return combine(gates, list(context.outputs.values()))
 
 
-def _checked(output: AttentionOutput, name: str, expected: tuple[int, ...]) -> AttentionOutput:
+def _checked(output: AttentionOutput, name: str, q: Tensor, value_dim: int) -> AttentionOutput:
+    expected = (*q.shape[:3], value_dim)
     if not isinstance(output, AttentionOutput):
         raise TypeError(f'branch "{name}" must return AttentionOutput(out, lse), got {type(output).__name__}')
     if tuple(output.out.shape) != expected:
         raise ValueError(f'branch "{name}" must return out of shape {expected}, got {tuple(output.out.shape)}')
+    if output.out.dtype != q.dtype:
+        raise ValueError(f'branch "{name}" must return out of q\'s dtype {q.dtype}, got {output.out.dtype}')
+    if not isinstance(output.lse, Tensor) or output.lse.shape != q.shape[:3]:
+        got = tuple(output.lse.shape) if isinstance(output.lse, Tensor) else output.lse
+        raise ValueError(f'branch "{name}" must return lse of shape {expected[:3]}, got {got}')
     return output

@@ -32,13 +32,7 @@ def compress(
     """
     if compressor is None:
         return k, v
-    made_for = getattr(compressor, "config", config)
-    for name in ("compress_block", "compress_stride"):
-        if getattr(made_for, name) != getattr(config, name):
-            raise ValueError(
-                f"compressor was made for {name}={getattr(made_for, name)}, but config has "
-                f"{name}={getattr(config, name)}; make both from one config"
-            )
+    check_geometry(compressor, config)
     k_cmp, v_cmp = compressor(k, v, starts=compressed_starts(documents, config))
     expected = (*k.shape[:2], config.num_compressed(k.shape[2]))
     for name, x, raw in (("keys", k_cmp, k), ("values", v_cmp, v)):
@@ -48,6 +42,23 @@ def compress(
                 f"compressed token for each whole block"
             )
     return k_cmp, v_cmp
+
+
+def check_geometry(compressor: Compressor, config: NSAConfig) -> None:
+    """A compressor that says for which geometry it was made, was made for this one.
+
+    Raises:
+        ValueError: it was made for another.
+    """
+    made_for = getattr(compressor, "config", None)
+    if not isinstance(made_for, NSAConfig):
+        return
+    for name in ("compress_block", "compress_stride"):
+        if getattr(made_for, name) != getattr(config, name):
+            raise ValueError(
+                f"compressor was made for {name}={getattr(made_for, name)}, but config has "
+                f"{name}={getattr(config, name)}; make both from one config"
+            )
 
 
 class BlockCompressor(nn.Module):
@@ -139,6 +150,7 @@ class _PerHead(BlockCompressor):
     def __init__(self, config: NSAConfig, *, num_kv_heads: int, head_dim: int, value_dim: int | None = None):
         super().__init__(config)
         value_dim = head_dim if value_dim is None else value_dim
+        self.num_kv_heads = num_kv_heads
         for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}; raise it")
@@ -152,6 +164,11 @@ class _PerHead(BlockCompressor):
         self, k_blocks: Float[Tensor, "b hk c l d"], v_blocks: Float[Tensor, "b hk c l dv"]
     ) -> tuple[Float[Tensor, "b hk c d"], Float[Tensor, "b hk c dv"]]:
         """Keys and values each through their own map."""
+        if k_blocks.shape[1] != self.num_kv_heads:
+            raise ValueError(
+                f"k must have the {self.num_kv_heads} KV heads that {type(self).__name__} was made for, got "
+                f"{k_blocks.shape[1]}; pass num_kv_heads={k_blocks.shape[1]} to it"
+            )
         return self.k_pool(k_blocks), self.v_pool(v_blocks)
 
 
@@ -178,6 +195,8 @@ class MLPCompressor(_PerHead):
         value_dim: int | None = None,
         hidden: int | None = None,
     ):
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden}; raise it or pass None")
         self.hidden = hidden
         super().__init__(config, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class NSAConfig:
     """Sizes, all in tokens or blocks, with the paper's values as defaults.
 

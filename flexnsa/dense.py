@@ -87,11 +87,14 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """One chunk. A row that sees nothing is a softmax over scores that are all kept, then set to 0 with LSE -inf."""
     q, q_bad = _quarantine(q)
+    scores = dot_products(q, k, scale)
+    if modify is not None:
+        scores = modify(scores)
+        visible = visible & (scores != -torch.inf)
     nothing = ~visible.any(-1, keepdim=True)
     floor = torch.zeros_like(nothing, dtype=q.dtype).masked_fill(~nothing, -torch.inf)
-    scores = dot_products(q, k, scale)
-    scores = scores if modify is None else modify(scores).where(visible, 0)
-    scores = scores.add_(torch.where(visible, k_poison[:, :, None, None], floor))
+    # Chosen, not added: a product with a key that the query does not see may have overflowed.
+    scores = torch.where(visible, scores + k_poison[:, :, None, None], floor)
     weights = scores.softmax(-1)
     lse = _LSE.apply(scores, weights)
     out = (weights.flatten(2, 3) @ v).unflatten(2, weights.shape[2:4])
@@ -105,9 +108,14 @@ def _attend(
 class _LSE(torch.autograd.Function):
     """LSE of scores whose softmax is at hand: no second pass of exponentials, and a gradient that is the softmax."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(weights)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def forward(scores: Tensor, weights: Tensor) -> Tensor:
         # The largest weight is 1 / sum of exp(score - largest score).
         return scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
 

@@ -84,6 +84,8 @@ def explain(*tensors: Float[Tensor, "b heads tokens dim"], impl: Impl = "auto", 
         ValueError: ``impl`` is unknown.
         NotImplementedError: ``impl`` names an engine that cannot run such a call.
     """
+    if not tensors:
+        raise ValueError("explain needs tensors like those of the call, got none; pass q, and k and v where at hand")
     stages: tuple[Stage, ...] = ("compressed", "selection", "selected", "window")
     return [choose(impl, stage, *tensors, mods=mods) for stage in stages]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, FlexKernelOptions, flex_attention
 
 from flexnsa.config import NSAConfig
+from flexnsa.dense import full_precision
 from flexnsa.layout import QueryTable, compressed_starts
 from flexnsa.types import AttentionOutput, Selection
 from flexnsa.visibility import at_last_token, compressed_mask
@@ -41,7 +42,7 @@ def compressed_attention(
     """Attention to the compressed tokens that end at or before the query (Eq. 7)."""
     if k_cmp.shape[2] == 0:  # FlexAttention cannot index keys of length 0: one that nobody sees stands in.
         k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 1)) for x in (k_cmp, v_cmp))
-        table = table._replace(visible=None)
+        table, score_mod = table._replace(visible=None), None
     starts = compressed_starts(table.documents, config)
     if table.visible is None:
         mask_mod = key_range(*table.compressed_range(config))
@@ -140,6 +141,7 @@ def _placed(score_mod: ScoreMod, table: QueryTable, group: int) -> ScoreMod:
     return placed
 
 
+@full_precision
 def _attend(
     q: Tensor,
     k: Tensor,

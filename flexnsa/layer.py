@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flexnsa import checks
 from flexnsa.composition import CompressedBranch, ImportanceSelector, SelectedBranch, SparseAttention, WindowBranch
-from flexnsa.compression import Compressor, MLPCompressor, compress
+from flexnsa.compression import Compressor, MLPCompressor, check_geometry, compress
 from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
 from flexnsa.gating import SigmoidGate
@@ -80,6 +80,7 @@ class NativeSparseAttention(nn.Module):
         self.k_norm = nn.ModuleDict({name: _HeadNorm(head_dim) if qk_norm else nn.Identity() for name in BRANCHES})
         if compressor is None:
             compressor = MLPCompressor(config, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+        check_geometry(compressor, config)
         self.compressor = compressor
         self.attention = SparseAttention(
             dict(zip(BRANCHES, (CompressedBranch(config), SelectedBranch(config), WindowBranch(config)), strict=True)),

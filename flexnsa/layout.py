@@ -68,7 +68,9 @@ class QueryTable(NamedTuple):
         )
 
 
-def documents_from_lengths(lengths: Sequence[int] | Sequence[Sequence[int]], tokens: int) -> Int64[Tensor, "b tk"]:
+def documents_from_lengths(
+    lengths: Sequence[int] | Sequence[Sequence[int]] | Int[Tensor, "*b n"], tokens: int
+) -> Int64[Tensor, "b tk"]:
     """Document ids of packed rows.
 
     >>> documents_from_lengths([2, 3], 6)
@@ -84,6 +86,7 @@ def documents_from_lengths(lengths: Sequence[int] | Sequence[Sequence[int]], tok
     Raises:
         ValueError: a length is below 1, or a row's lengths add up to more than ``tokens``.
     """
+    lengths = lengths.tolist() if isinstance(lengths, Tensor) else lengths
     rows = [lengths] if not lengths or isinstance(lengths[0], int) else lengths
     return torch.stack([_document_row(list(row), tokens) for row in rows])  # type: ignore[arg-type]
 
@@ -148,8 +151,10 @@ def check_documents(documents: Int[Tensor, "b tk"], like: Tensor, num_tokens: in
     Raises:
         ValueError: wrong dtype, shape or device, or ids out of order (read on a CPU, or inside ``debug()``).
     """
-    if documents.is_floating_point() or documents.dtype == torch.bool:
-        raise ValueError(f"documents must be integer ids, got {documents.dtype}; convert it with .long()")
+    if not isinstance(documents, Tensor):
+        raise TypeError(f"documents must be a tensor [b, tk], got {type(documents).__name__}; use torch.tensor")
+    if documents.is_floating_point() or not documents.dtype.is_signed:
+        raise ValueError(f"documents must be signed integer ids, got {documents.dtype}; convert it with .long()")
     if documents.shape != (like.shape[0], num_tokens):
         raise ValueError(
             f"documents must be [b, tk] = {(like.shape[0], num_tokens)}, one id a KV token, got "
@@ -176,7 +181,7 @@ def compressed_starts(documents: Int[Tensor, "b tk"] | None, config: NSAConfig) 
     begins = _complete_blocks(documents, document_starts(documents), config)
     count = config.num_compressed(tokens)
     # Tokens that begin no block are written to one slot past the end, which is then cut off.
-    slot = torch.where(begins, begins.cumsum(1) - 1, count)
+    slot = torch.where(begins, begins.cumsum(1) - 1, count).clamp(max=count)
     index = torch.arange(tokens, device=documents.device).expand(batch, -1)
     starts = torch.full((batch, count + 1), -1, dtype=torch.int64, device=documents.device)
     return starts.scatter(1, slot, index)[:, :count]
@@ -201,6 +206,8 @@ def resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | Non
                 f"pass positions=, the absolute position of each query"
             )
         return torch.arange(queries, device=q.device)[None]
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions must be a tensor [tq] or [b, tq], got {type(positions).__name__}; use torch.tensor")
     if positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"positions must be int64, got {positions.dtype}; convert it with .long()")
     if positions.shape not in ((queries,), (1, queries), (batch, queries)):
@@ -216,7 +223,7 @@ def resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | Non
 
 def _check_position_values(positions: Tensor, num_tokens: int | None) -> None:
     if (positions.diff(dim=-1) <= 0).any():
-        raise ValueError(f"positions must be strictly increasing, got {positions.tolist()}; sort the queries")
+        raise ValueError("positions must be strictly increasing, got some that are not; sort the queries")
     low, high = int(positions.min()), int(positions.max())
     if low < 0 or (num_tokens is not None and high >= num_tokens):
         raise ValueError(

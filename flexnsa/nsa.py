@@ -87,6 +87,8 @@ def native_sparse_attention(
 
 
 def _check(q: Tensor, kv: BranchKV, gates: Tensor, compressor: Compressor | None, documents: Tensor | None) -> None:
+    if not isinstance(kv, BranchKV):
+        raise TypeError(f"kv must be a BranchKV, got {type(kv).__name__}; BranchKV.shared(k, v) makes one of one pair")
     for name, (k, v) in kv._asdict().items():
         axis: Literal["c", "tk"] = "c" if name == "compressed" and compressor is None else "tk"
         checks.check_qkv(q, k, v, (f"kv.{name}[0]", f"kv.{name}[1]"), k_axis=axis)

@@ -37,7 +37,7 @@ def compressed_attention(
     visible = _visible_compressed(q, k_cmp, table, config)
     if k_cmp.shape[2] == 0:
         k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 1)) for x in (k_cmp, v_cmp))
-        visible = _in_range(table.compressed_range(config))
+        visible, score_mod = _in_range(table.compressed_range(config)), None
 
     def reach(queries: slice) -> slice:
         return slice(0, max(1, config.num_compressed(queries.stop)))
@@ -88,9 +88,8 @@ def selected_attention(
         token = torch.arange(keys.start, keys.stop, device=q.device)
         block = (token - table.start[:, queries, None]) // config.select_block
         inside = (block >= 0) & (block < num_blocks)
-        return (member.gather(-1, block.where(inside, 0)[:, None].expand(*member.shape[:2], -1, -1)) & inside[:, None])[
-            :, :, None
-        ]
+        index = block.where(inside, 0)[:, None].expand(*member.shape[:2], -1, -1)
+        return (member.gather(-1, index) & inside[:, None])[:, :, None]
 
     def reach(queries: slice) -> slice:
         return slice(0, queries.stop)
@@ -119,8 +118,11 @@ def block_importance(
     visible = _visible_compressed(q, k_cmp, table, config)(slice(0, q.shape[2]), slice(0, keys))
     scores = dot_products(q.to(accumulator(q)), k_cmp.to(accumulator(q)), scale)
     modify = _modifier(_moved(score_mod, table, config), q, k_cmp, table)
-    scores = scores if modify is None else modify(scores, slice(0, q.shape[2]), slice(0, keys)).where(visible, 0)
-    p_cmp = scores.sub_(rearrange(lse, "b (hk g) t -> b hk g t 1", hk=heads)).exp_().where(visible, 0)
+    if modify is not None:
+        scores = modify(scores, slice(0, q.shape[2]), slice(0, keys))
+        visible = visible & (scores != -torch.inf)
+    logits = scores - rearrange(lse, "b (hk g) t -> b hk g t 1", hk=heads)
+    p_cmp = logits.masked_fill_(~visible, -torch.inf).exp_()
     if table.packed:
         p_cmp = _from_document_start(p_cmp, table.offset)
     blocks = _overlap_sum(p_cmp, config, num_blocks)
@@ -279,6 +281,6 @@ def _both(one: Visible, other: Visible) -> Visible:
 
 def _one_hot(indices: Tensor, num_blocks: int) -> Tensor:
     """Bool ``[..., num_blocks]``, true at the indices; -1 is written to a slot past the end."""
-    slot = indices.long().where(indices >= 0, num_blocks)
+    slot = indices.long().where((indices >= 0) & (indices < num_blocks), num_blocks)
     table = torch.zeros(*slot.shape[:-1], num_blocks + 1, dtype=torch.bool, device=slot.device)
     return table.scatter(-1, slot, True)[..., :num_blocks]

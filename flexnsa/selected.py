@@ -72,6 +72,8 @@ def selected_attention(
 
 def check_selection(selection: Selection, q: Tensor, k: Tensor, config: NSAConfig) -> None:
     """The indices fit queries and keys; their values are read on a CPU, or inside ``debug()``."""
+    if not isinstance(selection, Selection):
+        raise TypeError(f"selection must be a Selection, got {type(selection).__name__}; wrap it, Selection(indices)")
     indices = selection.indices
     expected = (q.shape[0], k.shape[1], q.shape[2])
     if indices.ndim != 4 or indices.shape[:3] != expected or indices.shape[3] == 0:

@@ -162,7 +162,7 @@ def test_fewer_queries_without_positions():
 DOCUMENTS = [
     (torch.zeros(1, 19, dtype=torch.int64), r"documents must be \[b, tk\]"),
     (torch.zeros(20, dtype=torch.int64), r"documents must be \[b, tk\]"),
-    (torch.zeros(1, 20), "documents must be integer"),
+    (torch.zeros(1, 20), "documents must be signed integer"),
     (torch.arange(19, -1, -1)[None], "non-decreasing"),
     (torch.tensor([[0] * 5 + [-1] * 5 + [1] * 10]), "padding"),
     (torch.full((1, 20), -2), "-1 for padding"),
@@ -355,3 +355,52 @@ def test_values_are_checked_on_cuda_only_when_asked():
     with flexnsa.debug():
         assert flexnsa.checks.values_are_checked(cuda_like)
     assert not flexnsa.checks.values_are_checked(cuda_like)
+
+
+def test_config_takes_its_fields_by_position():
+    assert NSAConfig(32, 16, 64, 16, 1, 2, 512) == NSAConfig()
+
+
+def test_values_of_the_wrong_type():
+    q, k, v, gates = inputs()
+    with pytest.raises(TypeError, match="positions must be a tensor"):
+        attend(q, k, v, gates, positions=list(range(20)))
+    with pytest.raises(TypeError, match="documents must be a tensor"):
+        attend(q, k, v, gates, documents=[[0] * 20])
+    with pytest.raises(ValueError, match="signed integer ids"):
+        attend(q, k, v, gates, documents=torch.zeros(1, 20, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="kv must be a BranchKV"):
+        native_sparse_attention(q, ((k, v),) * 3, gates, CONFIG, MeanPool(CONFIG))
+    with pytest.raises(TypeError, match="selection must be a Selection"):
+        selected_attention(q, k, v, torch.zeros(1, 2, 20, 1, dtype=torch.int32), CONFIG)
+    with pytest.raises(ValueError, match="explain needs tensors"):
+        flexnsa.explain()
+
+
+def test_a_compressor_for_other_heads():
+    q, k, v, gates = inputs()
+    with pytest.raises(ValueError, match="k must have the 1 KV heads that MLPCompressor was made for, got 2"):
+        attend(q, k, v, gates, compressor=MLPCompressor(CONFIG, num_kv_heads=1, head_dim=8))
+
+
+def test_an_lse_of_lower_precision():
+    q, k, v, _ = inputs()
+    k_cmp, v_cmp = MeanPool(CONFIG)(k, v)
+    lse = compressed_attention(q, k_cmp, v_cmp, CONFIG).lse
+    with pytest.raises(ValueError, match="lse must be torch.float32"):
+        select_blocks(q, k_cmp, lse.bfloat16(), CONFIG, num_tokens=20)
+
+
+class NoLSE:
+    def attend(self, q, k, v, context):
+        return flexnsa.AttentionOutput(q, None)
+
+
+def test_a_branch_without_an_lse():
+    q, k, v, _ = inputs()
+    with pytest.raises(ValueError, match='branch "own" must return lse'):
+        compose(NoLSE())(q, {"own": (k, v)}, torch.randn(1, 20, 8))
+
+
+def test_documents_from_a_tensor_of_lengths():
+    assert documents_from_lengths(torch.tensor([2, 3]), 6).tolist() == [[0, 0, 1, 1, 1, -1]]

@@ -219,3 +219,11 @@ def test_sigmoid_gate():
     assert found.shape == (2, 4, 5, 3)
     logits = x @ gate.proj.weight.T + gate.proj.bias
     assert_close([found[1, 2, 3]], [logits[1, 3].view(4, 3)[2].sigmoid()])
+
+
+def test_a_replaced_branch_module_is_the_one_that_runs():
+    attention = SparseAttention({"near": WindowBranch(NSAConfig(window=8))}, gate=SigmoidGate(8, 2, 1))
+    q, k, x = torch.randn(1, 2, 20, 4), torch.randn(1, 1, 20, 4), torch.randn(1, 20, 8)
+    before = attention(q, {"near": (k, k)}, x)
+    attention.branch_modules["near"] = WindowBranch(NSAConfig(window=1))
+    assert not torch.equal(attention(q, {"near": (k, k)}, x), before)

@@ -243,3 +243,25 @@ def test_strides_do_not_matter(impl: str, strided: str):
     plain = Inputs(*(y.contiguous() for y in odd))
     found, expected = (native_sparse_attention(y.q, y.kv, y.gates, SMALL, None, impl=impl) for y in (odd, plain))
     assert_close([found], [expected])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("impl", ("reference", "flex"))
+def test_a_product_that_overflows_stays_with_the_queries_that_see_it(impl: str, dtype: torch.dtype):
+    config = NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=4, window=6)
+    q, k, v = (torch.randn(1, heads, 40, 8).to(dtype) for heads in (4, 2, 2))
+    huge = k.clone()
+    huge[:, :, -1] = torch.finfo(dtype).max
+    before, after = (window_attention(q, keys, v, config, impl=impl).out[:, :, :39] for keys in (k, huge))
+    assert torch.equal(after, before)
+
+
+def test_huge_padding_sends_no_nan_backward():
+    config = NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=4, window=6)
+    documents = torch.tensor([[0] * 30 + [-1] * 10])
+    leaves = [torch.randn(1, heads, 40, 8) for heads in (4, 2, 2)]
+    for leaf in leaves:
+        leaf[:, :, 30:] = 1e25
+        leaf.requires_grad_()
+    window_attention(*leaves, config, documents=documents).out.sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)

@@ -294,3 +294,10 @@ def test_auto_is_the_first_engine_that_can():
     assert {choice.engine for choice in explain(x.q, x.k_slc, x.v_slc)} != {"reference"}
     y = x.to(torch.float64)
     assert {choice.engine for choice in explain(y.q, y.k_slc, y.v_slc)} == {"reference"}
+
+
+def test_autocast_lowers_no_precision():
+    x = CASES["plain"].inputs(torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = (window_attention(x.q, x.k_win, x.v_win, SMALL, impl=impl) for impl in ("flex", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

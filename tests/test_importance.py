@@ -90,3 +90,11 @@ def test_float32_for_every_dtype_but_float64(dtype: torch.dtype):
     exact = oracle.block_importance(x.q.double(), x.k_cmp.double(), case.where)
     assert found.dtype == lse.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_its_gradient_is_finite_where_nothing_is_visible():
+    config = NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=4, window=6)
+    q, k_cmp = torch.randn(1, 4, 40, 8, requires_grad=True), torch.randn(1, 2, 19, 8)
+    lse = compressed_attention(q, k_cmp, k_cmp, config).lse
+    block_importance(q, k_cmp, lse.detach(), config, num_tokens=40)[..., 0].sum().backward()
+    assert q.grad.isfinite().all()

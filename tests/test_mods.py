@@ -199,3 +199,32 @@ def test_the_layer_passes_a_mask_on():
     x = torch.randn(1, 21, 16)
     torch.testing.assert_close(layer(x, mask_mod=causal()), layer(x))
     assert not torch.allclose(layer(x, mask_mod=or_masks(causal(), prefix(9))), layer(x))
+
+
+@pytest.mark.parametrize("impl", ("reference", "flex"))
+def test_a_score_of_minus_infinity_hides_a_key(impl: str):
+    x = Case(SMALL, batch=1, kv_heads=2, group=2, tokens=21).inputs(torch.float32)
+    found = window_attention(
+        x.q, x.k_win, x.v_win, SMALL, impl=impl, score_mod=lambda s, b, h, i, j: torch.where(j >= 5, s, -torch.inf)
+    )
+    expected = window_attention(
+        x.q, x.k_win, x.v_win, SMALL, impl=impl, mask_mod=lambda b, h, i, j: (j <= i) & (j >= 5)
+    )
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found.lse[:, :, :5], torch.full((1, 4, 5), -torch.inf))
+
+
+@pytest.mark.parametrize("impl", ("reference", "flex"))
+@pytest.mark.parametrize("documents", (None, torch.zeros(1, 3, dtype=torch.int64)))
+def test_a_score_mod_is_not_asked_about_the_key_that_stands_in_for_none(impl: str, documents):
+    x, table = Case(SMALL, tokens=3).inputs(torch.float32), torch.zeros(3)
+    out, _ = compressed_attention(
+        x.q,
+        x.k_cmp,
+        x.v_cmp,
+        SMALL,
+        documents=documents,
+        impl=impl,
+        score_mod=lambda s, b, h, i, j: s + table[j],
+    )
+    assert torch.equal(out, torch.zeros_like(out))

@@ -44,7 +44,7 @@ CPU = Settings(
     batch=4,
     tokens=800_000,
     learning_rate=2e-3,
-    minutes=4.5,
+    minutes=4.25,
     evaluations=7,
     validation_rows=192,
 )
