@@ -6,12 +6,13 @@ import contextlib
 import contextvars
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from flexnsa.types import accumulator
 from flexnsa_masks import MaskMod, ScoreMod
 
 _debug = contextvars.ContextVar("flexnsa_debug", default=False)
@@ -106,11 +107,16 @@ def check_lse(lse: Tensor, q: Tensor) -> None:
     check_tensor("lse", lse, "b hq tq")
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse must have q's shape [b, hq, tq] = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
-    expected = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if lse.dtype != expected:
-        raise ValueError(f"lse must be {expected} for q of {q.dtype}, got {lse.dtype}; pass the branch's own LSE")
+    if lse.dtype != accumulator(q):
+        raise ValueError(f"lse must be {accumulator(q)} for q of {q.dtype}, got {lse.dtype}; pass the branch's own LSE")
     if lse.device != q.device:
         raise ValueError(f"lse must be on q's device {q.device}, got {lse.device}; move it with .to()")
+
+
+def check_value_dims(dims: Mapping[str, int]) -> None:
+    """The branches' values, by name of the branch, are of one size."""
+    if len(set(dims.values())) > 1:
+        raise ValueError(f"the branches' value dims must agree, got {dims}; their outputs are summed")
 
 
 def check_gates(gates: Tensor, q: Tensor, branches: int) -> None:

@@ -293,8 +293,7 @@ class SparseAttention(nn.Module):
         if set(kv) != set(self._order):
             raise ValueError(f"kv must have the branches' names {sorted(self._order)}, got {sorted(kv)}")
         dims = {name: v.shape[-1] for name, (_, v) in kv.items()}
-        if len(set(dims.values())) > 1:
-            raise ValueError(f"the branches' value dims must agree, got {dims}; their outputs are summed")
+        checks.check_value_dims(dims)
         checks.check_tensor("q", q, "b hq tq d")
         num_tokens = max(k.shape[2] for k, _ in kv.values())
         context = AttentionContext(q, x, num_tokens, positions, documents, mask_mod, self.impl, self.selector)

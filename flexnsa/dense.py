@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flexnsa.types import AttentionOutput
+from flexnsa.types import AttentionOutput, accumulator
 
 CHUNK_SCORES = 2**24
 """Scores (batch x query heads x queries x keys) of one chunk: 64 MiB in float32."""
@@ -150,8 +150,3 @@ def chunks(q: Tensor, keys: int) -> Iterator[slice]:
     size = max(1, min(CHUNK_QUERIES, CHUNK_SCORES // (q.shape[0] * q.shape[1] * max(1, keys))))
     for start in range(0, queries, size):
         yield slice(start, min(start + size, queries))
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype in which scores, importance and LSE are computed: float32, or float64 for float64 inputs."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

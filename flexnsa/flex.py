@@ -43,12 +43,13 @@ def compressed_attention(
     if k_cmp.shape[2] == 0:  # FlexAttention cannot index keys of length 0: one that nobody sees stands in.
         k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 1)) for x in (k_cmp, v_cmp))
         table, score_mod = table._replace(visible=None), None
-    starts = compressed_starts(table.documents, config)
     if table.visible is None:
         mask_mod = key_range(*table.compressed_range(config))
     else:
+        starts = compressed_starts(table.documents, config)
         mask_mod = at_positions(compressed_mask(table.visible, starts, config), table.position)
     if score_mod is not None:
+        starts = compressed_starts(table.documents, config)
         score_mod = _placed(at_last_token(score_mod, starts, config), table, group=1)
     return _attend(q, k_cmp, v_cmp, mask_mod, score_mod, scale)
 

@@ -109,8 +109,9 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError: the arguments do not fit.
         """
-        q, kv = self.project(x, documents=documents)
-        out = self.attention(q, kv._asdict(), _without_padding(x, documents), documents=documents, mask_mod=mask_mod)
+        x = _checked_input(x, self.q_proj.in_features, documents)
+        q, kv = self._project(x, documents)
+        out = self.attention(q, kv._asdict(), x, documents=documents, mask_mod=mask_mod)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
     def project(
@@ -120,10 +121,9 @@ class NativeSparseAttention(nn.Module):
 
         With the gates ``layer.attention.gate(x)`` these are the arguments of ``native_sparse_attention``.
         """
-        _check_input(x, self.q_proj.in_features)
-        if documents is not None:
-            check_documents(documents, x, x.shape[1])
-        x = _without_padding(x, documents)
+        return self._project(_checked_input(x, self.q_proj.in_features, documents), documents)
+
+    def _project(self, x: Tensor, documents: Tensor | None) -> tuple[Tensor, BranchKV]:
         position, block_end = self._positions(x, documents)
         q = self._place(self.q_norm(_heads(self.q_proj(x), self.head_dim)), position)
         raw = {name: self._key_value(name, x) for name in self.k_proj}
@@ -148,11 +148,6 @@ class NativeSparseAttention(nn.Module):
             return token, torch.arange(count, device=x.device)[None] * self.config.compress_stride + last
         begins = document_starts(documents)
         return token - begins, starts - begins.gather(1, starts.clamp(min=0)) + last
-
-
-def _without_padding(x: Tensor, documents: Tensor | None) -> Tensor:
-    """Padding set to 0: what it held, NaN perhaps, would else reach the gradients of the projections as 0 * NaN."""
-    return x if documents is None else x.masked_fill(documents[..., None] < 0, 0)
 
 
 def _projections(names: tuple[str, ...], dim: int, width: int) -> nn.ModuleDict:
@@ -190,8 +185,13 @@ def _check_sizes(
         raise ValueError(f"rope_theta must be above 0, got {rope_theta}; pass None for no rotary embedding")
 
 
-def _check_input(x: Tensor, dim: int) -> None:
+def _checked_input(x: Tensor, dim: int, documents: Tensor | None) -> Tensor:
+    """``x`` with padding set to 0: what it held, NaN perhaps, would reach the projections' gradients as 0 * NaN."""
     checks.check_tensor("x", x, "b t dim")
     checks.check_not_empty("x", x, "b t dim")
     if x.shape[-1] != dim:
         raise ValueError(f"x must be [b, t, dim={dim}], got shape {tuple(x.shape)}; make the layer with that dim")
+    if documents is None:
+        return x
+    check_documents(documents, x, x.shape[1])
+    return x.masked_fill(documents[..., None] < 0, 0)

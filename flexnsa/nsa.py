@@ -100,6 +100,4 @@ def _check(q: Tensor, kv: BranchKV, gates: Tensor, compressor: Compressor | None
             f"kv.window and kv.selected must have as many tokens, got {kv.window[0].shape[2]} and "
             f"{kv.selected[0].shape[2]}; project both from the same sequence"
         )
-    dims = {name: pair[1].shape[3] for name, pair in kv._asdict().items()}
-    if len(set(dims.values())) > 1:
-        raise ValueError(f"the branches' value dims must agree, got {dims}; their outputs are summed")
+    checks.check_value_dims({name: v.shape[3] for name, (_, v) in kv._asdict().items()})

@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from flexnsa.config import NSAConfig
-from flexnsa.dense import Modify, Visible, accumulator, attention, chunks, dot_products, full_precision
+from flexnsa.dense import Modify, Visible, attention, chunks, dot_products, full_precision
 from flexnsa.layout import KeyRange, QueryTable, compressed_starts, document_starts
-from flexnsa.types import AttentionOutput, Selection
+from flexnsa.types import AttentionOutput, Selection, accumulator
 from flexnsa.visibility import at_last_token, candidate_mask, compressed_mask
 from flexnsa_masks import MaskMod, ScoreMod
 

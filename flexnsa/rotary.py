@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from flexnsa.types import accumulator
+
 
 def rotate(x: Float[Tensor, "b h t d"], positions: Int64[Tensor, "b t"], theta: float) -> Float[Tensor, "b h t d"]:
     """``x [b, h, t, d]`` turned by its positions: pair i by ``position * theta ** (-2 i / d)`` radians.
@@ -13,7 +15,7 @@ def rotate(x: Float[Tensor, "b h t d"], positions: Int64[Tensor, "b t"], theta: 
     Angles are computed in float32, or float64 for float64 inputs. ``positions`` is ``[b|1, t]``.
     """
     half = x.shape[-1] // 2
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator(x)
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     angle = positions[:, None, :, None] * frequency
     cos, sin = angle.cos(), angle.sin()

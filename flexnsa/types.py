@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
@@ -52,3 +53,8 @@ class BranchKV(NamedTuple):
     def shared(cls, k: Float[Tensor, "b hk tk d"], v: Float[Tensor, "b hk tk dv"]) -> BranchKV:
         """One pair for all three branches."""
         return cls(compressed=(k, v), selected=(k, v), window=(k, v))
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype in which scores, importance and LSE are computed: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
