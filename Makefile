@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: test demo lint types unit docs docs-serve docs-test build clean
+.PHONY: test demo lint types unit docs docs-serve docs-test build install-test clean
 
 test: lint types unit
 
@@ -35,7 +35,12 @@ docs-test: docs
 	$(BIN)/python docs/make/browse.py
 
 build: .venv/ready
-	$(BIN)/python -m build
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# The wheel alone in an environment with what it requires and no more.
+install-test: build
+	$(BIN)/python .ci/clean_install.py dist/*.whl
 
 # Where CUDA is wanted, install the torch build for it first; any torch from 2.11 on is kept as it is.
 .venv/ready: pyproject.toml

@@ -139,14 +139,22 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def check_mask_mod(mask_mod: MaskMod | None) -> None:
-    """``mask_mod`` takes the four arguments of a FlexAttention mask mod.
+def check_mask_mod(mask_mod: MaskMod | None, like: Tensor) -> None:
+    """``mask_mod`` takes the four arguments of a FlexAttention mask mod, on the device of ``like``, and says yes or no.
 
     Raises:
-        TypeError: it cannot be called so.
+        TypeError: it cannot be called so, or returns something else than one bool a pair.
     """
-    if mask_mod is not None:
-        _check_arity("mask_mod", mask_mod, ("b", "h", "q_idx", "kv_idx"))
+    if mask_mod is None or torch.compiler.is_compiling():
+        return
+    _check_arity("mask_mod", mask_mod, ("b", "h", "q_idx", "kv_idx"))
+    first = torch.zeros((), dtype=torch.int64, device=like.device)
+    seen = mask_mod(first, first, first, first)
+    if not isinstance(seen, Tensor) or seen.dtype != torch.bool or seen.ndim != 0:
+        got = f"{seen.dtype} {tuple(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
+        raise TypeError(
+            f"mask_mod must return a bool tensor, one value for each pair, got {got}; compare, do not score"
+        )
 
 
 def check_score_mod(score_mod: ScoreMod | None) -> None:

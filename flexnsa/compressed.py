@@ -56,7 +56,9 @@ def compressed_attention(
     _check_count(q, k_cmp, config, positions, documents)
     modified = mask_mod is not None or score_mod is not None
     if engines.choose(impl, "compressed", q, k_cmp, v_cmp, mods=modified).engine == "flex":
-        return flex.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale, score_mod=score_mod)
+        return flex.compressed_attention(
+            q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
+        )
     return reference.compressed_attention(
         q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
     )

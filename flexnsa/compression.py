@@ -24,8 +24,11 @@ def compress(
     config: NSAConfig,
     *,
     documents: Int[Tensor, "b tk"] | None = None,
+    starts: Int64[Tensor, "b c"] | None = None,
 ) -> tuple[Float[Tensor, "b hk c d"], Float[Tensor, "b hk c dv"]]:
     """Compressed keys and values by ``compressor``, which starts anew in each document; k and v as they are for None.
+
+    ``starts`` says which blocks instead: the first token of each, -1 for none.
 
     Raises:
         ValueError: the compressor was made for another geometry, or returns another number of compressed tokens.
@@ -33,8 +36,10 @@ def compress(
     if compressor is None:
         return k, v
     check_geometry(compressor, config)
-    k_cmp, v_cmp = compressor(k, v, starts=compressed_starts(documents, config))
-    expected = (*k.shape[:2], config.num_compressed(k.shape[2]))
+    count = config.num_compressed(k.shape[2]) if starts is None else starts.shape[1]
+    starts = compressed_starts(documents, config) if starts is None else starts
+    k_cmp, v_cmp = compressor(k, v, starts=starts)
+    expected = (*k.shape[:2], count)
     for name, x, raw in (("keys", k_cmp, k), ("values", v_cmp, v)):
         if tuple(x.shape) != (*expected, raw.shape[3]):
             raise ValueError(
@@ -238,11 +243,19 @@ class LinearCompressor(_PerHead):
 class _HeadMLP(nn.Module):
     def __init__(self, heads: int, length: int, dim: int, hidden: int):
         super().__init__()
-        self.position = nn.Parameter(torch.randn(heads, 1, length, dim) * 0.02)
-        self.up = nn.Parameter(torch.randn(heads, length * dim, hidden) * (length * dim) ** -0.5)
-        self.up_bias = nn.Parameter(torch.zeros(heads, 1, hidden))
-        self.down = nn.Parameter(torch.randn(heads, hidden, dim) * hidden**-0.5)
-        self.down_bias = nn.Parameter(torch.zeros(heads, 1, dim))
+        self.position = nn.Parameter(torch.empty(heads, 1, length, dim))
+        self.up = nn.Parameter(torch.empty(heads, length * dim, hidden))
+        self.up_bias = nn.Parameter(torch.empty(heads, 1, hidden))
+        self.down = nn.Parameter(torch.empty(heads, hidden, dim))
+        self.down_bias = nn.Parameter(torch.empty(heads, 1, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.position, std=0.02)
+        for weight in (self.up, self.down):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for bias in (self.up_bias, self.down_bias):
+            nn.init.zeros_(bias)
 
     def forward(self, blocks: Tensor) -> Tensor:
         flat = (blocks + self.position).flatten(-2)
@@ -253,8 +266,13 @@ class _HeadMLP(nn.Module):
 class _HeadWeights(nn.Module):
     def __init__(self, heads: int, length: int, dim: int):
         super().__init__()
-        self.score = nn.Parameter(torch.zeros(heads, 1, dim, 1))
-        self.bias = nn.Parameter(torch.zeros(heads, 1, length, 1))
+        self.score = nn.Parameter(torch.empty(heads, 1, dim, 1))
+        self.bias = nn.Parameter(torch.empty(heads, 1, length, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.score)
+        nn.init.zeros_(self.bias)
 
     def forward(self, blocks: Tensor) -> Tensor:
         weights = (blocks @ self.score + self.bias).softmax(-2)
@@ -264,7 +282,13 @@ class _HeadWeights(nn.Module):
 class _HeadConvolution(nn.Module):
     def __init__(self, heads: int, length: int, dim: int):
         super().__init__()
-        self.kernel = nn.Parameter((torch.eye(dim) / length).repeat(heads, length, 1, 1))
+        self.kernel = nn.Parameter(torch.empty(heads, length, dim, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # No writing through a view: it is lost where the kernel is a DTensor.
+        with torch.no_grad():
+            self.kernel.copy_(torch.full_like(self.kernel, 1 / self.kernel.shape[1]).tril().triu())
 
     def forward(self, blocks: Tensor) -> Tensor:
         return einsum(blocks, self.kernel, "b h c l d, h l d e -> b h c e")

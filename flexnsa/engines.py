@@ -19,8 +19,8 @@ Stage = Literal["compressed", "selection", "selected", "window"]
 
 ENGINES: tuple[Engine, ...] = ("triton", "flex", "reference")
 
-AUTO: tuple[Engine, ...] = ("flex", "reference")
-"""What ``impl="auto"`` tries, in order. Triton joins once its kernels, as they are, passed their tests on a GPU."""
+AUTO: tuple[Engine, ...] = ("triton", "flex", "reference")
+"""What ``impl="auto"`` tries, in order."""
 
 # Read once: torch.compile traces through the choice of an engine, but not through a search of the path.
 TRITON_INSTALLED = find_spec("triton") is not None
@@ -28,6 +28,15 @@ TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MAX_HEAD_DIM = 256
 """Largest key or value dim of the Triton kernels."""
+
+MAX_SELECTED = 64
+"""Most blocks that the Triton top-n selects."""
+
+COMPILATIONS = 64
+"""Variants (head counts and dims, dtypes, with or without gradients) that an eager process may compile of one function.
+
+Dynamo's own limit of 8 is soon reached by a process with several models, and ends in an error or in the slow path.
+"""
 
 
 class Choice(NamedTuple):
@@ -44,8 +53,10 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(impl: Impl, stage: Stage, *tensors: Tensor, mods: bool = False) -> Choice:
+def choose(impl: Impl, stage: Stage, *tensors: Tensor, mods: bool = False, num_selected: int = 1) -> Choice:
     """The engine of one stage for inputs like ``tensors``; ``mods`` where a mask mod or a score mod changes it.
+
+    ``num_selected`` is how many blocks the stage selects, where it does.
 
     Raises:
         ValueError: ``impl`` is unknown.
@@ -54,13 +65,13 @@ def choose(impl: Impl, stage: Stage, *tensors: Tensor, mods: bool = False) -> Ch
     if impl == "auto":
         obstacles: list[str] = []
         for candidate in AUTO:
-            obstacle = _auto_obstacle(candidate, tensors, mods)
+            obstacle = _auto_obstacle(candidate, tensors, mods, num_selected)
             if obstacle is None:
                 return Choice(stage, *_part(candidate, stage, tensors[0], "; ".join(obstacles) or "the fastest"))
             obstacles.append(f"{candidate}: {obstacle}")
     if impl not in ENGINES:
         raise ValueError(f'impl must be one of "auto", {", ".join(map(repr, ENGINES))}, got {impl!r}')
-    obstacle = _obstacle(impl, tensors, mods)
+    obstacle = _obstacle(impl, tensors, mods, num_selected)
     if obstacle is not None:
         raise NotImplementedError(
             f'impl="{impl}" cannot run the {stage} stage: {obstacle}; use impl="auto" or impl="reference"'
@@ -68,10 +79,12 @@ def choose(impl: Impl, stage: Stage, *tensors: Tensor, mods: bool = False) -> Ch
     return Choice(stage, *_part(impl, stage, tensors[0], "asked for"))
 
 
-def explain(*tensors: Float[Tensor, "b heads tokens dim"], impl: Impl = "auto", mods: bool = False) -> list[Choice]:
+def explain(
+    *tensors: Float[Tensor, "b heads tokens dim"], impl: Impl = "auto", mods: bool = False, num_selected: int = 1
+) -> list[Choice]:
     """Which engine each stage takes for inputs like ``tensors`` (q, and k, v where at hand), and why.
 
-    ``mods`` says that a mask mod or a score mod is given.
+    ``mods`` says that a mask mod or a score mod is given, ``num_selected`` how many blocks are selected.
 
     >>> for choice in explain(torch.zeros(1, 2, 8, 16)):
     ...     print(choice.stage, choice.engine)
@@ -87,7 +100,10 @@ def explain(*tensors: Float[Tensor, "b heads tokens dim"], impl: Impl = "auto", 
     if not tensors:
         raise ValueError("explain needs tensors like those of the call, got none; pass q, and k and v where at hand")
     stages: tuple[Stage, ...] = ("compressed", "selection", "selected", "window")
-    return [choose(impl, stage, *tensors, mods=mods) for stage in stages]
+    return [
+        choose(impl, stage, *tensors, mods=mods, num_selected=num_selected if stage == "selection" else 1)
+        for stage in stages
+    ]
 
 
 def _part(engine: Engine, stage: Stage, q: Tensor, reason: str) -> tuple[Engine, str]:
@@ -100,18 +116,20 @@ def _part(engine: Engine, stage: Stage, q: Tensor, reason: str) -> tuple[Engine,
     return engine, reason
 
 
-def _auto_obstacle(engine: Engine, tensors: tuple[Tensor, ...], mods: bool) -> str | None:
+def _auto_obstacle(engine: Engine, tensors: tuple[Tensor, ...], mods: bool, num_selected: int) -> str | None:
     if engine != "reference" and tensors[0].device.type != "cuda":
         return f"not chosen on {tensors[0].device.type}"
-    return _obstacle(engine, tensors, mods)
+    return _obstacle(engine, tensors, mods, num_selected)
 
 
-def _obstacle(engine: Engine, tensors: tuple[Tensor, ...], mods: bool) -> str | None:
+def _obstacle(engine: Engine, tensors: tuple[Tensor, ...], mods: bool, num_selected: int) -> str | None:
     """Why ``engine`` cannot run the call, or None."""
     if engine == "reference":
         return None
     if engine == "triton" and mods:
         return "its kernels take no mask_mod or score_mod"
+    if engine == "triton" and num_selected > MAX_SELECTED:
+        return f"its top-n selects up to {MAX_SELECTED} blocks, got num_selected={num_selected}"
     return _flex_obstacle(tensors) if engine == "flex" else _triton_obstacle(tensors)
 
 

@@ -15,18 +15,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
 from flexnsa.config import NSAConfig
 from flexnsa.dense import full_precision
+from flexnsa.engines import COMPILATIONS
 from flexnsa.layout import QueryTable, compressed_starts
+from flexnsa.static_masks import TILE, static_mask
 from flexnsa.types import AttentionOutput, Selection
 from flexnsa.visibility import at_last_token, compressed_mask
 from flexnsa_masks import MaskMod, ScoreMod, and_masks, at_positions, block_mask, key_range, selected
 
-# The membership lookup is pipelined with K and V: at the three stages of FlexAttention the backward is 1 KiB too
-# large for an H200's shared memory (bf16, d = 128).
-SELECTED_OPTIONS = cast(FlexKernelOptions, {"bwd_num_stages": 2})
+FEW_HEADS = 32
+"""KV heads of the whole batch below which dK/dV of the few compressed tokens leaves most of a GPU idle."""
 
 
 def compressed_attention(
@@ -37,21 +38,40 @@ def compressed_attention(
     config: NSAConfig,
     *,
     scale: float,
+    ordered: bool,
     score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
-    """Attention to the compressed tokens that end at or before the query (Eq. 7)."""
-    if k_cmp.shape[2] == 0:  # FlexAttention cannot index keys of length 0: one that nobody sees stands in.
-        k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 1)) for x in (k_cmp, v_cmp))
+    """Attention to the compressed tokens that end at or before the query (Eq. 7).
+
+    ``ordered`` says that query t stands at position t: the mask is then arithmetic, and reads no table.
+    """
+    count = k_cmp.shape[2]
+    if count == 0:
         table, score_mod = table._replace(visible=None), None
-    if table.visible is None:
-        mask_mod = key_range(*table.compressed_range(config))
-    else:
-        starts = compressed_starts(table.documents, config)
-        mask_mod = at_positions(compressed_mask(table.visible, starts, config), table.position)
+    if table.visible is None and score_mod is None:
+        # Whole tiles only: no key needs a check against the end, and FlexAttention cannot index keys of length 0.
+        tiles = 1 if count == 0 else -(-count // TILE)
+        k_cmp, v_cmp = (F.pad(x, (0, 0, 0, tiles * TILE - count)) for x in (k_cmp, v_cmp))
+    shared = table.position.shape[0] == 1
+    if table.visible is None and score_mod is None and shared and _starved(q, k_cmp, v_cmp):
+        return _by_head(q, k_cmp, v_cmp, table, config, ordered, scale)
     if score_mod is not None:
         starts = compressed_starts(table.documents, config)
         score_mod = _placed(at_last_token(score_mod, starts, config), table, group=1)
-    return _attend(q, k_cmp, v_cmp, mask_mod, score_mod, scale)
+    return _attend(q, k_cmp, v_cmp, _compressed_mask(q, k_cmp, table, config, ordered), score_mod, scale)
+
+
+def _compressed_mask(
+    q: Tensor, k_cmp: Tensor, table: QueryTable, config: NSAConfig, ordered: bool, *, repeat: int = 1
+) -> BlockMask:
+    if table.visible is not None:
+        starts = compressed_starts(table.documents, config)
+        lifted = compressed_mask(table.visible, starts, config, table.num_tokens)
+        return _mask(at_positions(lifted, table.position), q, k_cmp)
+    if ordered and not table.packed:
+        sizes = (config.compress_block, config.compress_stride)
+        return static_mask("compressed", sizes, table.position, k_cmp.shape[2], repeat=repeat)
+    return _mask(key_range(*table.compressed_range(config)), q, k_cmp, repeat=repeat)
 
 
 def window_attention(
@@ -62,13 +82,18 @@ def window_attention(
     config: NSAConfig,
     *,
     scale: float,
+    ordered: bool,
     score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
-    """Attention to the last ``window`` keys (section 3.3.3)."""
-    mask_mod = key_range(*table.window_range(config))
-    if table.visible is not None:
-        mask_mod = and_masks(mask_mod, at_positions(table.visible, table.position))
-    return _attend(q, k, v, mask_mod, None if score_mod is None else _placed(score_mod, table, group=1), scale)
+    """Attention to the last ``window`` keys (section 3.3.3). ``ordered`` as in ``compressed_attention``."""
+    if ordered and not table.packed and table.visible is None:
+        mask = static_mask("sliding_window", (config.window,), table.position, k.shape[2])
+    else:
+        mask_mod = key_range(*table.window_range(config))
+        if table.visible is not None:
+            mask_mod = and_masks(mask_mod, at_positions(table.visible, table.position))
+        mask = _mask(mask_mod, q, k)
+    return _attend(q, k, v, mask, None if score_mod is None else _placed(score_mod, table, group=1), scale)
 
 
 def selected_attention(
@@ -102,10 +127,30 @@ def selected_attention(
     if score_mod is not None:
         score_mod = _placed(score_mod, table, group)
     rows = rearrange(q, "b (hk g) t d -> b hk (t g) d", g=group)
-    mask_mod, (batch, heads) = and_masks(member, seen), k.shape[:2]
-    out, lse = _attend(rows, k, v, mask_mod, score_mod, scale, batch=batch, heads=heads, options=SELECTED_OPTIONS)
+    mask = _mask(and_masks(member, seen), rows, k)
+    out, lse = _attend(rows, k, v, mask, score_mod, scale, lookup=True)
     return AttentionOutput(
         rearrange(out, "b hk (t g) d -> b (hk g) t d", g=group), rearrange(lse, "b hk (t g) -> b (hk g) t", g=group)
+    )
+
+
+def _starved(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there will be a backward with too few programs for dK and dV, one for each KV head and tile of keys."""
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return differentiated and q.shape[1] > k.shape[1] and k.shape[0] * k.shape[1] < FEW_HEADS
+
+
+def _by_head(
+    q: Tensor, k: Tensor, v: Tensor, table: QueryTable, config: NSAConfig, ordered: bool, scale: float
+) -> AttentionOutput:
+    """The heads of a group along the batch, over one K and V: each adds up dK and dV of its own, summed at the end."""
+    batch, group = q.shape[0], q.shape[1] // k.shape[1]
+    mask = _compressed_mask(q, k, table, config, ordered, repeat=group)
+    q = rearrange(q, "b (hk g) t d -> g (b hk) t d", g=group)
+    k, v = (rearrange(x, "b hk c d -> 1 (b hk) c d") for x in (k, v))
+    out, lse = _attend(q, k, v, mask, None, scale)
+    return AttentionOutput(
+        rearrange(out, "g (b hk) t d -> b (hk g) t d", b=batch), rearrange(lse, "g (b hk) t -> b (hk g) t", b=batch)
     )
 
 
@@ -142,20 +187,24 @@ def _placed(score_mod: ScoreMod, table: QueryTable, group: int) -> ScoreMod:
     return placed
 
 
+def _mask(mask_mod: MaskMod, q: Tensor, k: Tensor, *, repeat: int = 1) -> BlockMask:
+    """Of a call with queries ``q`` and keys ``k``, whose batch and heads are checked unless the tables are repeated."""
+    sizes: dict[str, int] = {} if repeat > 1 else {"batch": q.shape[0], "heads": q.shape[1]}
+    lengths = {"q_len": q.shape[2], "kv_len": k.shape[2]}
+    return block_mask(mask_mod, **lengths, **sizes, block_size=TILE, device=q.device, repeat=repeat)
+
+
 @full_precision
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask_mod: MaskMod,
+    mask: BlockMask,
     score_mod: ScoreMod | None,
     scale: float,
     *,
-    batch: int | None = None,
-    heads: int | None = None,
-    options: FlexKernelOptions | None = None,
+    lookup: bool = False,
 ) -> AttentionOutput:
-    mask = block_mask(mask_mod, q_len=q.shape[2], kv_len=k.shape[2], batch=batch, heads=heads, device=q.device)
     if not torch.is_grad_enabled():  # On a CPU FlexAttention refuses tensors that require grad even then.
         q, k, v = q.detach(), k.detach(), v.detach()
     out, aux = _attention_function(q)(
@@ -166,23 +215,48 @@ def _attend(
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=options,
+        kernel_options=_options(q, k, lookup),
         return_aux=AuxRequest(lse=True),
     )
     assert aux.lse is not None
     return AttentionOutput(out, aux.lse)
 
 
+def _options(q: Tensor, k: Tensor, lookup: bool) -> FlexKernelOptions | None:
+    """Options of FlexAttention's kernels; ``lookup`` where the mask mod looks up a word for each pair.
+
+    The lookup is pipelined with K and V. At FlexAttention's three stages that is too much for an H200's shared memory
+    in 16 bits: by 1 KiB in the backward at d = 128, and by 17 KiB in the forward at d = 64, whose tiles are wider.
+    """
+    if q.device.type != "cuda":
+        return None
+    # Named, since "AUTO" guards on fewer than 128 queries, compiles anew for them, and may then find no kernel.
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if not torch.compiler.is_compiling() and q.shape[2] % TILE == 0 and k.shape[2] % TILE == 0:
+        # The graph of all lengths checks every key against the end; lengths of whole tiles get one that need not.
+        options["IS_DIVISIBLE"] = True
+    if lookup:
+        options["bwd_num_stages"] = 2
+        if q.shape[3] <= 64:
+            options["fwd_num_stages"] = 2
+    return cast(FlexKernelOptions, options)
+
+
 def _attention_function(q: Tensor) -> Callable[..., tuple[Tensor, AuxOutput]]:
     if torch.compiler.is_compiling():
         return flex_attention
-    return _compiled_flex_attention() if q.device.type == "cuda" else _eager_flex_attention
+    return _compiled_flex_attention if q.device.type == "cuda" else _eager_flex_attention
+
+
+def _compiled_flex_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, AuxOutput]:
+    with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+        return _compile_once()(*args, **kwargs)
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., tuple[Tensor, AuxOutput]]:
+def _compile_once() -> Callable[..., tuple[Tensor, AuxOutput]]:
     # At the first call, not on import: torch.compile loads triton and takes a second.
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _eager_flex_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, AuxOutput]:

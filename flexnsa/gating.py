@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flexnsa.engines import COMPILATIONS, TRITON_INSTALLED
 from flexnsa.types import AttentionOutput
+
+FUSED_NUMBERS = 2**22
+"""Numbers of an output from which on an eager call on CUDA mixes the branches in one compiled pass over memory."""
 
 
 def combine(
@@ -25,11 +30,26 @@ def combine(
     >>> combine(torch.tensor([0.25, 0.5]).reshape(1, 1, 1, 2), outputs)
     tensor([[[[1.2500, 1.2500]]]])
     """
+    outs, lses = zip(*outputs, strict=True)
+    fused = TRITON_INSTALLED and outs[0].device.type == "cuda" and not torch.compiler.is_compiling()
+    if fused and outs[0].numel() >= FUSED_NUMBERS:
+        with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+            return _fused_mix()(gates, outs, lses)
+    return _mix(gates, outs, lses)
+
+
+def _mix(gates: Tensor, outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> Tensor:
     first, *others = (
         gate.masked_fill(lse == -torch.inf, 0).unsqueeze(-1) * out
-        for gate, (out, lse) in zip(gates.unbind(-1), outputs, strict=True)
+        for gate, out, lse in zip(gates.unbind(-1), outs, lses, strict=True)
     )
     return sum(others, start=first)
+
+
+@functools.cache
+def _fused_mix() -> Callable[[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]:
+    # At the first call, not on import: torch.compile loads triton and takes a second.
+    return torch.compile(_mix, dynamic=True, fullgraph=True)
 
 
 class SigmoidGate(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,12 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from flexnsa import checks
-from flexnsa.composition import CompressedBranch, ImportanceSelector, SelectedBranch, SparseAttention, WindowBranch
+from flexnsa.append import Append, Blocks
+from flexnsa.branches import CompressedBranch, ImportanceSelector, SelectedBranch, WindowBranch
+from flexnsa.cache import NSACache, check_cache, check_cache_dtype
+from flexnsa.composition import SparseAttention
 from flexnsa.compression import Compressor, MLPCompressor, check_geometry, compress
 from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
 from flexnsa.gating import SigmoidGate
-from flexnsa.layout import check_documents, compressed_starts, document_starts
+from flexnsa.layout import check_documents, compressed_starts, document_starts, resolve_positions
 from flexnsa.rotary import rotate
 from flexnsa.types import KV, BranchKV
 from flexnsa_masks import MaskMod
@@ -45,6 +50,8 @@ class NativeSparseAttention(nn.Module):
         shared_kv: one key and value projection for all branches instead of one for each (paper, section 3.3.3).
         rope_theta: base of the rotary embedding, None for none.
         qk_norm: whether to normalise queries and keys.
+        compress_rotated: whether to compress keys after norm and rotation, each at its own position, instead of before:
+            the mean of a block then scores as the block's tokens do on average.
         impl: the engine of every stage.
 
     Raises:
@@ -64,13 +71,14 @@ class NativeSparseAttention(nn.Module):
         shared_kv: bool = False,
         rope_theta: float | None = None,
         qk_norm: bool = False,
+        compress_rotated: bool = False,
         impl: Impl = "auto",
     ):
         super().__init__()
         value_dim = head_dim if value_dim is None else value_dim
         _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_dim, rope_theta)
         self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim = num_heads, num_kv_heads, head_dim, value_dim
-        self.config, self.rope_theta = config, rope_theta
+        self.config, self.rope_theta, self.compress_rotated = config, rope_theta, compress_rotated
         projections = ("shared",) if shared_kv else BRANCHES
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.k_proj = _projections(projections, dim, num_kv_heads * head_dim)
@@ -94,25 +102,109 @@ class NativeSparseAttention(nn.Module):
         x: Float[Tensor, "b t dim"],
         *,
         documents: Int[Tensor, "b t"] | None = None,
+        cache: NSACache | None = None,
         mask_mod: MaskMod | None = None,
     ) -> Float[Tensor, "b t dim"]:
         """Attend causally within each row, or within each document of it; or as ``mask_mod`` says.
 
+        With a ``cache`` x continues the rows that it holds: a prompt, a chunk of any length or one token. The tokens
+        attend to those of earlier calls and are added to them. Any way of cutting a sequence into calls gives what one
+        call with all of it gives.
+
         Args:
             x: ``[b, t, dim]``.
-            documents: int ``[b, t]``, non-decreasing ids of packed documents, -1 for padding, which outputs 0.
-            mask_mod: FlexAttention mask mod over tokens and query heads, in place of causality in every branch.
+            documents: int ``[b, t]``, non-decreasing ids of packed documents, -1 for padding, which outputs 0. With a
+                cache the ids are 0 or -1, and a row's padding, on either side, is not added to the row.
+            cache: from ``new_cache``. Tokens of earlier calls are constants: gradients reach those of this call alone.
+            mask_mod: FlexAttention mask mod over tokens and query heads, in place of causality in every branch; not
+                with a cache.
 
         Returns:
             ``[b, t, dim]``.
 
         Raises:
-            ValueError: the arguments do not fit.
+            TypeError: ``cache`` is not an ``NSACache``.
+            ValueError: the arguments do not fit, or the cache cannot hold the tokens, and is left as it was.
+            NotImplementedError: ``mask_mod`` with a cache, or what the engine asked for cannot do.
         """
         x = _checked_input(x, self.q_proj.in_features, documents)
+        if cache is not None:
+            if mask_mod is not None:
+                raise NotImplementedError(
+                    "mask_mod cannot be given with a cache, which is causal; leave one of them out"
+                )
+            return self._forward_cached(x, cache, documents)
         q, kv = self._project(x, documents)
         out = self.attention(q, kv._asdict(), x, documents=documents, mask_mod=mask_mod)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+
+    def forward_part(
+        self,
+        x: Float[Tensor, "b tq dim"],
+        *,
+        positions: Int[Tensor, "*b tq"],
+        gather: Callable[[Tensor], Tensor],
+        documents: Int[Tensor, "b tk"] | None = None,
+        mask_mod: MaskMod | None = None,
+    ) -> Float[Tensor, "b tq dim"]:
+        """``forward`` for some rows of a sequence whose other rows are elsewhere, on other ranks.
+
+        Args:
+            x: these rows of the sequence, ``[b, tq, dim]``.
+            positions: int64 ``[tq]`` or ``[b, tq]``, where they stand in it, strictly increasing.
+            gather: makes keys or values of the whole sequence, ``[b, hk, tk, d]``, of those of these rows,
+                ``[b, hk, tq, d]``; called once for every projection, before compression, norm and rotation.
+            documents: int ``[b, tk]``, of the whole sequence.
+            mask_mod: as in ``forward``, over token numbers of the whole sequence.
+
+        Returns:
+            ``[b, tq, dim]``.
+
+        Raises:
+            ValueError: the arguments do not fit.
+        """
+        checks.check_tensor("x", x, "b tq dim")
+        rows = resolve_positions(positions, x[:, None], None if documents is None else documents.shape[-1])
+        x = _checked_input(x, self.q_proj.in_features, documents, rows)
+        q, kv = self._project(x, documents, rows, gather)
+        out = self.attention(q, kv._asdict(), x, positions=positions, documents=documents, mask_mod=mask_mod)
+        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+
+    def new_cache(
+        self,
+        batch: int,
+        max_tokens: int,
+        max_rollback: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> NSACache:
+        """An empty cache for this layer, everything allocated.
+
+        Args:
+            batch: rows.
+            max_tokens: tokens that a row can hold.
+            max_rollback: how many of the latest tokens ``crop`` can drop.
+            device: None for that of the layer's parameters.
+            dtype: of keys and values, None for that of the layer's parameters, or autocast's where it is on.
+
+        Raises:
+            TypeError: a size is not an int.
+            ValueError: a size is out of range.
+        """
+        weight = self.q_proj.weight
+        device = weight.device if device is None else torch.device(device)
+        return NSACache(
+            self.config,
+            batch,
+            max_tokens,
+            max_rollback,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            device=device,
+            dtype=_projected_dtype(weight, device) if dtype is None else dtype,
+        )
 
     def project(
         self, x: Float[Tensor, "b t dim"], *, documents: Int[Tensor, "b t"] | None = None
@@ -123,14 +215,61 @@ class NativeSparseAttention(nn.Module):
         """
         return self._project(_checked_input(x, self.q_proj.in_features, documents), documents)
 
-    def _project(self, x: Tensor, documents: Tensor | None) -> tuple[Tensor, BranchKV]:
-        position, block_end = self._positions(x, documents)
-        q = self._place(self.q_norm(_heads(self.q_proj(x), self.head_dim)), position)
-        raw = {name: self._key_value(name, x) for name in self.k_proj}
-        compressed, selected, window = (raw[name] if name in raw else raw["shared"] for name in BRANCHES)
-        compressed = compress(self.compressor, *compressed, self.config, documents=documents)
-        kv = zip(BRANCHES, (compressed, selected, window), (block_end, position, position), strict=True)
-        return q, BranchKV(*((self._place(self.k_norm[name](k), at), v) for name, (k, v), at in kv))
+    def _project(
+        self,
+        x: Tensor,
+        documents: Tensor | None,
+        rows: Tensor | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, BranchKV]:
+        projected = {name: self._key_value(name, x) for name in self.k_proj}
+        if gather is not None:
+            projected = {name: (gather(k), gather(v)) for name, (k, v) in projected.items()}
+        raw, selected, window = _by_branch(projected)
+        position, block_end = self._positions(raw[0], documents)
+        if rows is not None:
+            resolve_positions(rows, x[:, None], position.shape[1])  # only now is the number of tokens known
+        q = self._query(x, position if rows is None else _at(position, rows))
+        compressed = compress(self.compressor, *self._before(raw, position), self.config, documents=documents)
+        return q, BranchKV(
+            self._after(compressed, block_end),
+            self._key("selected", selected, position),
+            self._key("window", window, position),
+        )
+
+    def _forward_cached(self, x: Tensor, cache: NSACache, documents: Tensor | None) -> Tensor:
+        check_cache(cache, x, self.config, (self.num_kv_heads, self.head_dim, self.value_dim))
+        append = Append(cache, x.shape[1], documents)
+        x = append.pack(x)
+        q = self._query(x, append.position)
+        raw, *others = _by_branch({name: self._key_value(name, x) for name in self.k_proj})
+        raw = self._before(raw, append.position)
+        check_cache_dtype(cache, q)
+        selected, window = (self._key(name, kv, append.position) for name, kv in zip(BRANCHES[1:], others, strict=True))
+        blocks = append.blocks(raw)
+        kv = append.extend(blocks, None if blocks is None else self._compressed(blocks), selected, window)
+        out = self.attention(q, kv._asdict(), x, positions=append.positions())
+        append.commit(raw, window)
+        return append.unpack(self.o_proj(rearrange(out, "b h t d -> b t (h d)")))
+
+    def _compressed(self, blocks: Blocks) -> KV:
+        compressed = compress(self.compressor, blocks.k, blocks.v, self.config, starts=blocks.starts)
+        end = blocks.number * self.config.compress_stride + self.config.compress_block - 1
+        return self._after(compressed, end)
+
+    def _query(self, x: Tensor, position: Tensor) -> Tensor:
+        return self._place(self.q_norm(_heads(self.q_proj(x), self.head_dim)), position)
+
+    def _key(self, name: str, kv: KV, position: Tensor) -> KV:
+        return self._place(self.k_norm[name](kv[0]), position), kv[1]
+
+    def _before(self, raw: KV, position: Tensor) -> KV:
+        """What the compressor takes."""
+        return self._key("compressed", raw, position) if self.compress_rotated else raw
+
+    def _after(self, compressed: KV, block_end: Tensor) -> KV:
+        """What the queries meet."""
+        return compressed if self.compress_rotated else self._key("compressed", compressed, block_end)
 
     def _key_value(self, name: str, x: Tensor) -> KV:
         return _heads(self.k_proj[name](x), self.head_dim), _heads(self.v_proj[name](x), self.value_dim)
@@ -138,20 +277,30 @@ class NativeSparseAttention(nn.Module):
     def _place(self, x: Tensor, position: Tensor) -> Tensor:
         return x if self.rope_theta is None else rotate(x, position, self.rope_theta)
 
-    def _positions(self, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _positions(self, k: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Position in its document of each token, and of the last token of each compressed token's block."""
-        token = torch.arange(x.shape[1], device=x.device)[None]
+        token = torch.arange(k.shape[2], device=k.device)[None]
         last = self.config.compress_block - 1
         starts = compressed_starts(documents, self.config)
         if documents is None or starts is None:
-            count = self.config.num_compressed(x.shape[1])
-            return token, torch.arange(count, device=x.device)[None] * self.config.compress_stride + last
+            count = self.config.num_compressed(k.shape[2])
+            return token, torch.arange(count, device=k.device)[None] * self.config.compress_stride + last
         begins = document_starts(documents)
         return token - begins, starts - begins.gather(1, starts.clamp(min=0)) + last
 
 
 def _projections(names: tuple[str, ...], dim: int, width: int) -> nn.ModuleDict:
     return nn.ModuleDict({name: nn.Linear(dim, width, bias=False) for name in names})
+
+
+def _by_branch(projected: dict[str, KV]) -> list[KV]:
+    return [projected[name] if name in projected else projected["shared"] for name in BRANCHES]
+
+
+def _projected_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
+    """What a linear map by ``weight`` returns: autocast leaves float64 alone."""
+    autocast = torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if autocast else weight.dtype
 
 
 def _heads(x: Tensor, dim: int) -> Tensor:
@@ -185,13 +334,22 @@ def _check_sizes(
         raise ValueError(f"rope_theta must be above 0, got {rope_theta}; pass None for no rotary embedding")
 
 
-def _checked_input(x: Tensor, dim: int, documents: Tensor | None) -> Tensor:
-    """``x`` with padding set to 0: what it held, NaN perhaps, would reach the projections' gradients as 0 * NaN."""
+def _checked_input(x: Tensor, dim: int, documents: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    """``x`` with padding set to 0: what it held, NaN perhaps, would reach the projections' gradients as 0 * NaN.
+
+    ``rows`` says where the tokens of ``x`` stand among the documents', None where they are the same.
+    """
     checks.check_tensor("x", x, "b t dim")
     checks.check_not_empty("x", x, "b t dim")
     if x.shape[-1] != dim:
         raise ValueError(f"x must be [b, t, dim={dim}], got shape {tuple(x.shape)}; make the layer with that dim")
     if documents is None:
         return x
-    check_documents(documents, x, x.shape[1])
-    return x.masked_fill(documents[..., None] < 0, 0)
+    check_documents(documents, x, x.shape[1] if rows is None else documents.shape[-1])
+    return x.masked_fill((documents if rows is None else _at(documents, rows))[..., None] < 0, 0)
+
+
+def _at(table: Tensor, rows: Tensor) -> Tensor:
+    """``table [b|1, t]`` at ``rows [b|1, tq]``."""
+    batch = max(table.shape[0], rows.shape[0])
+    return table.expand(batch, -1).gather(1, rows.expand(batch, -1))

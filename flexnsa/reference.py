@@ -79,10 +79,12 @@ def selected_attention(
     score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
     """Attention to the visible tokens of the selected blocks (Eq. 11 and 12)."""
+    if table.visible is None and score_mod is None and _few(selection, q, k, v, config):
+        return _gathered_attention(q, k, v, selection, table, config, scale)
     num_blocks = config.num_blocks(k.shape[2])
 
     def chosen(queries: slice, keys: slice) -> Tensor:
-        member = _one_hot(selection.indices[:, :, queries], num_blocks)
+        member = Selection(selection.indices[:, :, queries]).to_mask(num_blocks)
         if not table.packed:
             return member.repeat_interleave(config.select_block, -1)[:, :, None, :, keys]
         token = torch.arange(keys.start, keys.stop, device=q.device)
@@ -97,6 +99,38 @@ def selected_attention(
     visible = _both(chosen, _visible_tokens(q, k, table))
     modify = _modifier(score_mod, q, k, table)
     return attention(q, k, v, visible, modify, scale, reach if ordered and table.visible is None else None)
+
+
+def _few(selection: Selection, q: Tensor, k: Tensor, v: Tensor, config: NSAConfig) -> bool:
+    """Whether copies of every query's blocks are fewer keys than there are. Not where gradients would be summed."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return False
+    return q.shape[2] * selection.indices.shape[3] * config.select_block < k.shape[2]
+
+
+def _gathered_attention(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, table: QueryTable, config: NSAConfig, scale: float
+) -> AttentionOutput:
+    """Selected attention of a few queries to copies of their blocks: work that does not grow with tk.
+
+    Each query of a KV head is made a head of its own, which has the query's blocks for keys.
+    """
+    start, position = (x[:, None, :, None, None] for x in (table.start, table.position))
+    block = selection.indices.long()[..., None]
+    token = start + block * config.select_block + torch.arange(config.select_block, device=q.device)
+    visible = ((block >= 0) & (token <= position)).flatten(3).flatten(1, 2)[:, :, None, None]
+    index = token.clamp(0, k.shape[2] - 1).flatten(2)[..., None]
+
+    def of_query(x: Tensor) -> Tensor:
+        return x.take_along_dim(index, 2).unflatten(2, (q.shape[2], -1)).flatten(1, 2)
+
+    rows = rearrange(q, "b (hk g) t d -> b (hk t g) 1 d", hk=k.shape[1])
+    out, lse = attention(rows, of_query(k), of_query(v), lambda *_: visible, None, scale, None)
+    heads = {"hk": k.shape[1], "t": q.shape[2]}
+    return AttentionOutput(
+        rearrange(out, "b (hk t g) 1 d -> b (hk g) t d", **heads),
+        rearrange(lse, "b (hk t g) 1 -> b (hk g) t", **heads),
+    )
 
 
 @full_precision
@@ -187,12 +221,8 @@ def top_blocks(
     own = ((table.position - table.start) // config.select_block)[:, None, :, None]
     local = (block > own - config.num_local) & (block <= own)
     forced = candidate & ((block < config.num_initial) | local)
-    # Importances are sums of probabilities, hence >= 0: -1 ranks NaN below them, -2 what is no candidate below NaN.
-    rank = importance.masked_fill(importance.isnan(), -1).masked_fill(forced, torch.inf).masked_fill(~candidate, -2)
-    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., : config.num_selected]
-    best = best.where(candidate.expand_as(rank).gather(-1, best), num_blocks).sort(dim=-1).values
-    best = best.masked_fill(best == num_blocks, -1)
-    return F.pad(best, (0, config.num_selected - best.shape[-1]), value=-1).int()
+    rank = importance.masked_fill(forced, torch.inf).masked_fill(~candidate, -torch.inf)
+    return Selection.from_scores(rank, config.num_selected).indices
 
 
 def _overlap_sum(p_cmp: Tensor, config: NSAConfig, num_blocks: int) -> Tensor:
@@ -277,10 +307,3 @@ def _places(q: Tensor, k: Tensor, table: QueryTable) -> Callable[[slice, slice],
 
 def _both(one: Visible, other: Visible) -> Visible:
     return lambda queries, keys: one(queries, keys) & other(queries, keys)
-
-
-def _one_hot(indices: Tensor, num_blocks: int) -> Tensor:
-    """Bool ``[..., num_blocks]``, true at the indices; -1 is written to a slot past the end."""
-    slot = indices.long().where((indices >= 0) & (indices < num_blocks), num_blocks)
-    table = torch.zeros(*slot.shape[:-1], num_blocks + 1, dtype=torch.bool, device=slot.device)
-    return table.scatter(-1, slot, True)[..., :num_blocks]

@@ -59,7 +59,8 @@ def select_blocks(
     table = query_table(q, config, num_tokens=num_tokens, positions=positions, documents=documents, mask_mod=mask_mod)
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
     modified = mask_mod is not None or score_mod is not None
-    if engines.choose(impl, "selection", q, k_cmp, mods=modified).engine == "triton":
+    choice = engines.choose(impl, "selection", q, k_cmp, mods=modified, num_selected=config.num_selected)
+    if choice.engine == "triton":
         from flexnsa.kernels.scoring import select_blocks as kernel  # imports triton
 
         indices = kernel(

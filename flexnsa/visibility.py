@@ -10,13 +10,20 @@ from collections.abc import Callable
 
 from jaxtyping import Int64
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexnsa.config import NSAConfig
-from flexnsa_masks import MaskMod, ScoreMod
+from flexnsa_masks import Grid, MaskMod, ScoreMod, Tiles, tiles_of, with_tiles
 
 
-def compressed_mask(visible: MaskMod, starts: Int64[Tensor, "b c"] | None, config: NSAConfig) -> MaskMod:
-    """Mask mod over compressed tokens: visible iff every token of the block is. Unrolled, as compiled masks must be."""
+def compressed_mask(
+    visible: MaskMod, starts: Int64[Tensor, "b c"] | None, config: NSAConfig, num_tokens: int | None = None
+) -> MaskMod:
+    """Mask mod over compressed tokens: visible iff every token of the block is. Unrolled, as compiled masks must be.
+
+    Its tile geometry is that of ``visible``, where compressed tokens stand at fixed distances (no ``starts``) and the
+    number of tokens is known; else every tile may be visited.
+    """
     first_token = compressed_tokens(starts, config)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -26,7 +33,26 @@ def compressed_mask(visible: MaskMod, starts: Int64[Tensor, "b c"] | None, confi
             mask = mask & visible(b, h, q_idx, first.clamp(min=0) + place)
         return mask
 
-    return mask_mod
+    if starts is not None or num_tokens is None:
+        return mask_mod
+    return with_tiles(mask_mod, lambda grid: _compressed_tiles(visible, grid, config, num_tokens), "compressed_mask")
+
+
+def _compressed_tiles(visible: MaskMod, grid: Grid, config: NSAConfig, num_tokens: int) -> Tiles:
+    """Tiles of compressed tokens from those of the tokens that they summarise.
+
+    A key tile of compressed tokens and the tile of as many strides of tokens begin together. A visible compressed token
+    has its first token in that tile, and reaches ``compress_block - compress_stride`` tokens into those after it.
+    """
+    some, full = tiles_of(visible, grid._replace(kv_len=num_tokens, kv_block=grid.kv_block * config.compress_stride))
+    columns = grid.shape[1]
+    if full is None:
+        return Tiles(some[..., :columns], None)
+    overlap = config.compress_block - config.compress_stride
+    whole = full
+    for after in range(1, -(-overlap // (grid.kv_block * config.compress_stride)) + 1):
+        whole = whole & pad(full[..., after:], (0, after))
+    return Tiles(some[..., :columns], whole[..., :columns])
 
 
 def candidate_mask(

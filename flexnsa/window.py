@@ -52,7 +52,9 @@ def window_attention(
     table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents, mask_mod=mask_mod)
     modified = mask_mod is not None or score_mod is not None
     if engines.choose(impl, "window", q, k, v, mods=modified).engine == "flex":
-        return flex.window_attention(q, k, v, table, config, scale=scale, score_mod=score_mod)
+        return flex.window_attention(
+            q, k, v, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
+        )
     return reference.window_attention(
         q, k, v, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
     )

@@ -73,7 +73,14 @@ def compile_launch(kernel: JITFunction, arguments: dict[str, Any], options: dict
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-PRODUCTS = ("tile_attention", "query_attention", "pair_attention", "pair_gradients", "query_gradients")
+PRODUCTS = (
+    "tile_attention",
+    "query_attention",
+    "pair_attention",
+    "pair_gradients",
+    "tile_gradients",
+    "query_gradients",
+)
 """The kernels with matrix products: those that take much shared memory, and long to compile."""
 
 

@@ -269,12 +269,13 @@ def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         torch.testing.assert_close(x, y, **TOLERANCE[y.dtype])
 
 
-def assert_as_accurate(actual: Tensor, baseline: Tensor, exact: Tensor, logits: float = 1.0) -> None:
+def assert_as_accurate(actual: Tensor, baseline: Tensor, exact: Tensor, logits: float = 1.0, terms: int = 0) -> None:
     """`actual` is about as far from `exact` as plain torch is at the same precision, at worst and on average.
 
     Beyond that it may be off by some roundings of the largest number, or of a typical one for the average, and by what
     cancels to 0 in float32 from numbers of the inputs' size. `logits` says how large the logits are: a softmax weight
-    is only as exact as its logit's last digit.
+    is only as exact as its logit's last digit. `terms` says how many numbers `actual` adds one after the other in
+    float32 where plain torch adds them as a tree: their roundings walk at random, sqrt(terms) steps far.
     """
     assert actual.shape == exact.shape
     assert torch.equal(actual == -torch.inf, exact == -torch.inf)
@@ -283,9 +284,10 @@ def assert_as_accurate(actual: Tensor, baseline: Tensor, exact: Tensor, logits: 
     if not finite.any():
         return
     error, allowed, size = ((x.double() - y)[finite] for x, y in ((actual, exact), (baseline, exact), (exact, 0)))
-    eps, cancelled = torch.finfo(actual.dtype).eps, 16 * torch.finfo(torch.float32).eps
+    eps, single = torch.finfo(actual.dtype).eps, torch.finfo(torch.float32).eps
     for name, measure, factor, roundings in (("worst", _worst, 4, 4), ("average", _average, 2, 1)):
-        limit = factor * measure(allowed) + roundings * logits * eps * measure(size) + cancelled
+        limit = factor * measure(allowed) + roundings * logits * eps * measure(size) + 16 * single
+        limit += terms**0.5 * single * measure(size)
         assert measure(error) <= limit, f"{name} error {measure(error):.2e} of {measure(size):.2e}, limit {limit:.2e}"
 
 

@@ -164,6 +164,7 @@ DOCUMENTS = [
     (torch.zeros(20, dtype=torch.int64), r"documents must be \[b, tk\]"),
     (torch.zeros(1, 20), "documents must be signed integer"),
     (torch.arange(19, -1, -1)[None], "non-decreasing"),
+    (torch.tensor([[0] * 8 + [1] * 6 + [0] * 6]), "non-decreasing"),
     (torch.tensor([[0] * 5 + [-1] * 5 + [1] * 10]), "padding"),
     (torch.full((1, 20), -2), "-1 for padding"),
 ]
@@ -389,6 +390,44 @@ def test_an_lse_of_lower_precision():
     lse = compressed_attention(q, k_cmp, v_cmp, CONFIG).lse
     with pytest.raises(ValueError, match="lse must be torch.float32"):
         select_blocks(q, k_cmp, lse.bfloat16(), CONFIG, num_tokens=20)
+
+
+class Chooses:
+    """A selector that returns whatever it was given."""
+
+    def __init__(self, selection):
+        self.selection = selection
+
+    def select(self, q, context):
+        return self.selection
+
+
+@pytest.mark.parametrize(
+    ("selection", "error", "message"),
+    [
+        (flexnsa.Selection(torch.tensor([2, 1], dtype=torch.int32).expand(1, 2, 20, 2)), ValueError, "ascending"),
+        (flexnsa.Selection(torch.tensor([-1, 1], dtype=torch.int32).expand(1, 2, 20, 2)), ValueError, "ascending"),
+        (flexnsa.Selection(torch.full((1, 2, 20, 1), 3, dtype=torch.int32)), ValueError, "must lie in 0 .. 2"),
+        (flexnsa.Selection(torch.zeros(1, 4, 20, 1, dtype=torch.int32)), ValueError, r"\[b, hk, tq, n\]"),
+        (torch.zeros(1, 2, 20, 1, dtype=torch.int32), TypeError, "selector must return Selection"),
+    ],
+)
+def test_a_selector_that_breaks_the_contract(selection, error, message):
+    q, k, v, _ = inputs()
+    attention = compose(flexnsa.SelectedBranch(CONFIG), selector=Chooses(selection))
+    with pytest.raises(error, match=message):
+        attention(q, {"own": (k, v)}, torch.randn(1, 20, 8))
+
+
+@pytest.mark.gpu
+def test_a_selectors_contract_is_checked_on_cuda_in_debug_mode():
+    q, k, v, _ = (x.cuda() for x in inputs(dim=16, value_dim=16))
+    descending = torch.tensor([1, 0], dtype=torch.int32, device="cuda").expand(1, 2, 20, 2)
+    attention = compose(flexnsa.SelectedBranch(CONFIG), selector=Chooses(flexnsa.Selection(descending))).cuda()
+    x = torch.randn(1, 20, 8, device="cuda")
+    attention(q, {"own": (k, v)}, x)
+    with flexnsa.debug(), pytest.raises(ValueError, match="ascending"):
+        attention(q, {"own": (k, v)}, x)
 
 
 class NoLSE:

@@ -8,16 +8,17 @@ import torch
 
 from bench.cli import main
 from bench.learn import pictures
-from bench.learn.attention import ATTENTIONS, AttentionShape, DenseAttention
+from bench.learn.attention import ATTENTIONS, DEFAULT_ATTENTIONS, AttentionShape, DenseAttention
 from bench.learn.compare import Comparison
-from bench.learn.generate import generate
+from bench.learn.generate import draw, generate
 from bench.learn.interrupt import Interrupt
 from bench.learn.look import gate_means, look_into, telling_query
 from bench.learn.model import Transformer, count_parameters
+from bench.learn.parallel import Ranks
 from bench.learn.presets import PRESETS, TINY
 from bench.learn.settings import twin_shape
 from bench.learn.task import IGNORED, Batch
-from bench.learn.text import TextTask, is_validation, read_corpus, source_files, standard_library
+from bench.learn.text import PackedTextTask, TextTask, is_validation, read_corpus, source_files, standard_library
 from bench.learn.train import Twin, train
 from flexnsa import NSAConfig
 
@@ -36,7 +37,7 @@ def task(corpus):
 
 
 def comparison(task, folder, **changes):
-    return Comparison(task, replace(TINY, **changes), list(ATTENTIONS), CPU, folder)
+    return Comparison(task, replace(TINY, **changes), list(DEFAULT_ATTENTIONS), CPU, folder)
 
 
 def test_the_command_writes_a_result_and_pictures(tmp_path, capsys):
@@ -52,7 +53,10 @@ def test_the_command_writes_a_result_and_pictures(tmp_path, capsys):
         assert row["continuation"] and len(row["position_bits"]) == TINY.context
     assert all((tmp_path / "run" / name).stat().st_size > 5_000 for name in PICTURES)
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("bits/byte", "tokens/s", "parameters", "window", "nsa continues"))
+    assert all(
+        word in printed
+        for word in ("bits/byte", "tokens/s", "parameters", "window", "nsa continues", "tokens/s from a cache")
+    )
 
 
 def test_the_whole_standard_library_splits_by_content_into_disjoint_files():
@@ -83,7 +87,7 @@ def test_a_folder_without_source_is_refused(tmp_path):
 def test_batches_depend_on_seed_and_step_alone(corpus):
     task, twin = TextTask(corpus, 1), TextTask(corpus, 1)
     late = task.training(7, 3, 50)
-    assert all(torch.equal(a, b) for a, b in zip(late, twin.training(7, 3, 50), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(late[:2], twin.training(7, 3, 50)[:2], strict=True))
     assert torch.equal(late.inputs[:, 1:], late.labels[:, :-1])
     assert not torch.equal(late.inputs, task.training(8, 3, 50).inputs)
     assert not torch.equal(late.inputs, TextTask(corpus, 2).training(7, 3, 50).inputs)
@@ -93,6 +97,62 @@ def test_validation_rows_do_not_depend_on_the_seed_or_the_batch(corpus):
     rows = torch.cat([batch.inputs for batch in TextTask(corpus, 1).validation(7, 3, 50)])
     assert torch.equal(rows, torch.cat([batch.inputs for batch in TextTask(corpus, 2).validation(7, 7, 50)]))
     assert rows.shape == (7, 50)
+
+
+def excerpts(batch):
+    """(row, first, end) of each document of a batch."""
+    for row, ids in enumerate(batch.documents.tolist()):
+        for document in sorted(set(ids)):
+            first = ids.index(document)
+            yield row, first, first + ids.count(document)
+
+
+def test_packed_rows_are_excerpts_and_what_follows_them(corpus):
+    task = PackedTextTask(corpus, seed=1)
+    lengths = set()
+    for split, batch in (
+        (corpus.train, task.training(7, 5, 60)),
+        (corpus.validation, next(task.validation(5, 5, 60))),
+    ):
+        source = bytes(split.tolist())
+        for row, first, end in excerpts(batch):
+            asked = batch.labels[row, first:end]
+            assert bytes([*batch.inputs[row, first:end].tolist(), asked[-1].item()]) in source
+            assert torch.equal(batch.inputs[row, first + 1 : end], asked[:-1])
+            lengths.add(end - first)
+    assert len(lengths) > 5
+    again = PackedTextTask(corpus, seed=1).training(7, 5, 60)
+    assert all(torch.equal(a, b) for a, b in zip(task.training(7, 5, 60), again, strict=True))
+    assert not torch.equal(task.training(8, 5, 60).documents, again.documents)
+    parts = torch.cat([batch.inputs for batch in PackedTextTask(corpus, 2).validation(5, 2, 60)])
+    assert parts.shape == (5, 60)
+
+
+def test_ranks_share_documents_too(corpus):
+    batch = PackedTextTask(corpus, seed=0).training(0, 5, 30)
+    shares = [Ranks(rank, 2).share(batch) for rank in range(2)]
+    assert all(share.documents.shape == share.inputs.shape == (3, 30) for share in shares)
+    assert torch.equal(torch.cat([share.documents for share in shares])[:5], batch.documents)
+
+
+@pytest.mark.parametrize("attention", DEFAULT_ATTENTIONS)
+def test_a_packed_row_trains_each_excerpt_as_if_alone(attention, corpus):
+    torch.manual_seed(0)
+    model = Transformer(twin_shape(TINY, attention, 256), attention)
+    batch = PackedTextTask(corpus, seed=0).training(3, 3, TINY.context)
+    packed = model(batch.inputs, documents=batch.documents)
+    for row, first, end in excerpts(batch):
+        alone = model(batch.inputs[row : row + 1, first:end])
+        torch.testing.assert_close(packed[row : row + 1, first:end], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_demo_trains_on_packed_documents(tmp_path):
+    source = str(standard_library() / "asyncio")
+    options = ["--task", "text", "--packed", "--preset", "tiny", "--tokens", "1024", "--source", source]
+    main(["learn", *options, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "finished" and result["task"] == "packed-text"
+    assert all(4 < row["bits_per_token"] < 8.5 for row in result["rows"])
 
 
 def test_a_context_longer_than_the_data_is_refused(task):
@@ -123,7 +183,7 @@ def test_an_mlp_too_narrow_to_match_is_refused():
 
 def trained(task, **changes):
     settings = replace(TINY, **changes)
-    twins = [Twin(name, settings, 256, CPU) for name in ATTENTIONS]
+    twins = [Twin(name, settings, 256, CPU) for name in DEFAULT_ATTENTIONS]
     return train(twins, task, settings, Interrupt(), lambda: None), twins
 
 
@@ -184,15 +244,65 @@ def test_a_second_ctrl_c_stops_at_once(task, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "running"
 
 
-def test_generation_is_seeded_and_reads_the_prompt(task):
+def twin(attention):
     torch.manual_seed(0)
-    model = Transformer(twin_shape(TINY, "nsa", 256), "nsa")
-    prompt = task.prompt(32)
-    first, again, other = (generate(model, prompt, 12, TINY.context, seed) for seed in (0, 0, 1))
+    model = Transformer(twin_shape(TINY, attention, 256), attention)
+    model.head.weight = torch.nn.Parameter(torch.randn_like(model.head.weight))  # tied it would repeat itself
+    return model
+
+
+@pytest.mark.parametrize("cached", (False, True))
+def test_generation_is_seeded_and_reads_the_prompt(task, cached):
+    model, prompt = twin("nsa"), task.prompt(32)
+    first, again, other = (
+        generate(model, prompt, 12, TINY.context, seed, temperature=2.0, cached=cached).tokens for seed in (0, 0, 1)
+    )
     assert first == again != other
     assert len(first) == 12 and all(0 <= token < 256 for token in first)
-    greedy = generate(model, prompt, 1, TINY.context, 0, temperature=1e-6)
+    greedy = generate(model, prompt, 1, TINY.context, 0, temperature=0, cached=cached).tokens
     assert greedy == [model(prompt)[0, -1].argmax().item()]
+
+
+def test_a_cached_continuation_is_the_uncached_one(task):
+    """Token for token, past the context too, where both forget the same half."""
+    model, prompt = twin("nsa"), task.prompt(30)
+    for options in ({"temperature": 0}, {"temperature": 0.7, "top_p": 0.8}):
+        cached, uncached = (
+            generate(model, prompt, 60, TINY.context, 0, **options, cached=cached) for cached in (True, False)
+        )
+        assert cached.tokens == uncached.tokens
+        assert len(set(cached.tokens)) > 5
+        assert cached.cached and not uncached.cached
+        assert cached.tokens_per_second > 0
+    assert not generate(twin("full"), prompt, 3, TINY.context, 0).cached
+
+
+def test_a_cached_continuation_feeds_each_token_once(task, monkeypatch):
+    fed, forward = [], Transformer.forward
+    monkeypatch.setattr(
+        Transformer, "forward", lambda self, x, *rest: fed.append(x.shape[1]) or forward(self, x, *rest)
+    )
+    generate(twin("nsa"), task.prompt(20), 60, TINY.context, 0)
+    half = TINY.context // 2
+    assert fed == [20, *[1] * (TINY.context - 20), half + 1, *[1] * (60 - 2 - TINY.context + 20)]
+
+
+@pytest.mark.parametrize("option", ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}))
+def test_drawing_options_out_of_range(task, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        generate(twin("window"), task.prompt(8), 1, TINY.context, 0, **option)
+
+
+def test_drawing_among_the_likeliest():
+    logits, generator = torch.tensor([0.1, 0.5, 0.05, 0.35]).log(), torch.Generator().manual_seed(0)
+
+    def drawn(temperature, top_p):
+        return {draw(logits, temperature, top_p, generator).item() for _ in range(200)}
+
+    assert drawn(1.0, 1.0) == {0, 1, 2, 3}
+    assert drawn(1.0, 0.51) == {1, 3}
+    assert drawn(1.0, 0.5) == drawn(1.0, 1e-9) == drawn(0, 1.0) == {1}
+    assert drawn(1e-3, 1.0) == {1}
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -224,28 +334,26 @@ def test_ignored_labels_count_nowhere():
     assert bits == same == pytest.approx(twin.progress.position_bits[5])
 
 
-def test_what_a_look_shows_adds_up(task):
+def test_the_telling_query_gains_most_from_what_it_chose(task):
     torch.manual_seed(0)
     model = Transformer(twin_shape(TINY, "nsa", 256), "nsa")
-    config = TINY.attention.nsa
-    look = look_into(model, task.prompt(TINY.context))
-    compressed, selected, window = look.weights.unbind(1)
-    torch.testing.assert_close(selected.sum(-1), torch.ones_like(selected.sum(-1)))
-    torch.testing.assert_close(window.sum(-1), torch.ones_like(window.sum(-1)))
-    torch.testing.assert_close(compressed.sum(-1)[..., config.compress_block - 1 :].min(), torch.tensor(1.0))
-    tokens_chosen = look.selected.repeat_interleave(config.select_block, -1)
-    assert not selected[~tokens_chosen].any() and (look.selected | ~look.forced).all()
-    assert look.selected.sum(-1).max() == config.num_selected
-    query = telling_query(look)
-    assert query.position >= TINY.context // 2 and query.position // config.select_block in query.blocks
-    torch.testing.assert_close(gate_means(model, task.prompt(TINY.context)).mean(1), look.gates.mean((2, 3)))
+    looks = look_into(model, task.prompt(TINY.context))
+    assert len(looks) == TINY.layers
+    query = telling_query(looks)
+    look, block = looks[query.layer], TINY.attention.nsa.select_block
+    free = (look.chosen & ~look.forced)[0, query.head, query.position]
+    assert query.position >= TINY.context // 2 and free.any()
+    gains = look.gates[0, :, :, 1] * (look.weights["selected"][0] * ~look.forced[0].repeat_interleave(block, -1)).sum(
+        -1
+    )
+    later = gains.unflatten(0, (look.num_kv_heads, -1)).mean(1)[:, TINY.context // 2 :]
+    assert later.argmax() == query.head * later.shape[1] + query.position - TINY.context // 2
+    means = torch.stack([look.gates[0].mean(1) for look in looks])
+    torch.testing.assert_close(gate_means(model, task.prompt(TINY.context)), means)
 
 
-def test_a_page_breaks_lines_and_hides_nothing():
-    text = pictures.printable([*b"ab\ncd", 200])
-    assert text == ["a", "b", pictures.NEWLINE, "c", "d", "\N{MIDDLE DOT}"]
-    assert pictures.page(text) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert pictures.page(["x"] * 3, width=2) == [(0, 0), (0, 1), (1, 0)]
+def test_every_byte_has_a_visible_character():
+    assert pictures.printable([*b"ab\ncd", 200]) == ["a", "b", pictures.NEWLINE, "c", "d", "\N{MIDDLE DOT}"]
 
 
 def test_options_that_do_not_fit_are_refused_with_a_remedy(tmp_path, capsys):

@@ -14,6 +14,7 @@ from flexnsa import (
     AttentionOutput,
     CompressedBranch,
     ImportanceSelector,
+    MeanPool,
     MLPCompressor,
     NSAConfig,
     SelectedBranch,
@@ -22,9 +23,11 @@ from flexnsa import (
     SparseAttention,
     WindowBranch,
     native_sparse_attention,
+    select_blocks,
     selected_attention,
     window_attention,
 )
+from flexnsa_masks import and_masks, causal, or_masks, prefix
 
 CONFIG = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_local=1, window=4)
 
@@ -39,7 +42,7 @@ def compose(config: NSAConfig, compressor: nn.Module | None, gate: Callable[[Ten
         "selected": SelectedBranch(config, **options),
         "window": WindowBranch(config, **options),
     }
-    selector = ImportanceSelector(config, **options)
+    selector = ImportanceSelector(config)
     return SparseAttention(branches, gate, selector=selector, impl="reference")
 
 
@@ -126,8 +129,8 @@ def test_branches_and_selectors_see_the_context():
 
     class Spy:
         def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
-            (k_win, v_win), output = context.earlier("window")
-            seen.update(context=context, k=k_win, v=v_win, selection=context.selection)
+            window, output = context.earlier("window")
+            seen.update(context=context, k=window.k, v=window.v, selection=context.selection)
             return AttentionOutput(2 * output.out, output.lse)
 
     class Nothing:
@@ -227,3 +230,114 @@ def test_a_replaced_branch_module_is_the_one_that_runs():
     before = attention(q, {"near": (k, k)}, x)
     attention.branch_modules["near"] = WindowBranch(NSAConfig(window=1))
     assert not torch.equal(attention(q, {"near": (k, k)}, x), before)
+
+
+def test_scores_are_those_of_the_branch_that_is_read():
+    """A scale and a score mod of the compressed branch reach the selector, which has none of its own."""
+    case = Case(CONFIG, kv_heads=2, group=2, tokens=41)
+    x, options = case.inputs(), {"scale": 1.7, "score_mod": lambda s, b, h, i, j: -s}
+    composed = SparseAttention(
+        {"compressed": CompressedBranch(CONFIG, **options), "selected": SelectedBranch(CONFIG)},
+        constant(x.gates[..., :2]),
+        selector=ImportanceSelector(CONFIG),
+    )
+    context = composed.attend(x.q, {"compressed": x.pairs[0], "selected": x.pairs[1]}, nothing(case))
+    lse = context.outputs["compressed"].lse
+    expected, others = (
+        select_blocks(x.q, x.k_cmp, lse, CONFIG, num_tokens=41, **chosen) for chosen in (options, {"scale": 1.7})
+    )
+    assert torch.equal(context.selection.indices, expected.indices)
+    assert not torch.equal(expected.indices, others.indices)
+
+
+def test_the_halves_of_a_call_and_a_replayed_selection():
+    """Between them stand the outputs and the selection, which another call takes instead of its selector's."""
+    case = Case(CONFIG, batch=2, kv_heads=2, group=2, tokens=30)
+    x = case.inputs(raw=True)
+    composed = compose(CONFIG, MeanPool(CONFIG), constant(x.gates))
+    context = composed.attend(x.q, x.kv._asdict(), nothing(case))
+    out = composed.mix(context)
+    assert torch.equal(out, composed(x.q, x.kv._asdict(), nothing(case)))
+    alone = SparseAttention({"selected": SelectedBranch(CONFIG)}, constant(torch.ones_like(x.gates[..., :1])))
+    replayed = alone(x.q, {"selected": x.pairs[1]}, nothing(case), selection=context.selection)
+    assert torch.equal(replayed, context.outputs["selected"].out)
+    own = Own().select(x.q, None)
+    changed = composed.attend(x.q, x.kv._asdict(), nothing(case), selection=own)
+    assert changed.selection is own
+    assert not torch.equal(composed.mix(changed), out)
+
+
+@given(case=cases(values=("flat",)))
+@part(4)
+def test_own_block_counts_from_the_document(case: Case):
+    x, seen = case.inputs(), []
+
+    class Asks:
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
+            seen.append(context.own_block(case.config))
+            return window_attention(q, k, v, case.config, **context.options)
+
+    SparseAttention({"asks": Asks()}, constant(x.gates[..., :1]))(
+        x.q, {"asks": x.pairs[2]}, nothing(case), **case.placing
+    )
+    found = seen[0].expand(case.batch, 1, case.queries, 1)
+    for b in range(case.batch):
+        for t in range(case.queries):
+            document = case.where.document(b, t)
+            place = document.index(case.where.positions[b][t]) if document else -1
+            assert found[b, 0, t, 0] == (place // case.config.select_block if document else -1)
+
+
+def test_a_narrowed_mask_is_a_further_one():
+    case = Case(CONFIG, kv_heads=2, group=2, tokens=21)
+    x = case.inputs()
+
+    class Even:
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
+            options = context.narrowed(lambda b, h, i, j: j % 2 == 0)
+            return window_attention(q, k, v, NSAConfig(window=21), **options)
+
+    composed = SparseAttention({"even": Even()}, constant(torch.ones_like(x.gates[..., :1])))
+    for mask in (None, or_masks(causal(), prefix(8))):
+        found = composed(x.q, {"even": x.pairs[2]}, nothing(case), mask_mod=mask)
+        both = and_masks(mask or causal(), lambda b, h, i, j: j % 2 == 0)
+        expected = window_attention(x.q, *x.pairs[2], NSAConfig(window=21), mask_mod=both).out
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    (
+        ("documents", torch.zeros(2, 11, dtype=torch.int64)),
+        ("positions", torch.arange(11)),
+        ("mask_mod", causal()),
+    ),
+)
+def test_a_branch_that_cannot_hold_what_the_call_asks_for(name: str, value: object):
+    """It never looked: the output would be that of another question."""
+    case = Case(CONFIG, batch=2, kv_heads=2, group=3, tokens=11)
+    x = case.inputs()
+    branches = {"window": WindowBranch(CONFIG), "average": Average()}
+    composed = SparseAttention(branches, constant(x.gates[..., :2]))
+    pairs = {"average": x.pairs[1], "window": x.pairs[2]}
+    with pytest.raises(NotImplementedError, match=f'branch "average" was given {name} and never read context.{name}'):
+        composed(x.q, pairs, nothing(case), **{name: value})
+
+
+def test_a_selector_does_not_read_for_its_branch():
+    """A branch that asks for the selection alone has not seen the documents, though the selector has."""
+    case = Case(CONFIG, kv_heads=2, group=2, tokens=11, documents=torch.zeros(1, 11, dtype=torch.int64))
+    x = case.inputs()
+
+    class Reads:
+        def select(self, q: Tensor, context: AttentionContext) -> Selection:
+            assert context.documents is case.documents
+            return Selection(torch.zeros(1, 2, 11, 1, dtype=torch.int32))
+
+    class Gathers:
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> AttentionOutput:
+            return AttentionOutput(q * context.selection.indices.sum(), q[..., 0])
+
+    composed = SparseAttention({"own": Gathers()}, constant(x.gates[..., :1]), selector=Reads())
+    with pytest.raises(NotImplementedError, match="never read context.documents"):
+        composed(x.q, {"own": x.pairs[1]}, nothing(case), documents=case.documents)

@@ -39,7 +39,7 @@ def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
     exec(compile(code_of(page), str(page), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("package", [flexnsa, flexnsa_masks], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [flexnsa, flexnsa_masks, flexnsa.inspect], ids=lambda package: package.__name__)
 def test_every_public_name_has_one_place_in_the_api(package):
     entries = [name for page in (ROOT / "docs/api").glob("*.md") for name in ENTRY.findall(page.read_text())]
     places = {name: entries.count(f"{package.__name__}.{name}") for name in package.__all__}

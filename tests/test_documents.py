@@ -12,10 +12,12 @@ from torch import Tensor
 from conftest import Case, Inputs, assert_close, cases, gradients, part
 from flexnsa import (
     MLPCompressor,
+    NativeSparseAttention,
     NSAConfig,
     block_importance,
     compressed_attention,
     documents_from_lengths,
+    layout,
     native_sparse_attention,
     select_blocks,
 )
@@ -62,6 +64,29 @@ def test_a_packed_row_equals_every_document_alone(impl: str, case: Case):
     if impl == "reference":
         leaves = [*x, *compressor.parameters()]
         assert_close(gradients([packed], leaves), gradients([alone], leaves))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of what the interpreter then masks
+@pytest.mark.parametrize("impl", ("reference", "flex", "triton"))
+def test_any_lengths_on_every_engine_that_has_gradients(impl: str):
+    """One token, shorter than a block, as long, longer than the window and than what is selected; gradients too."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if impl == "flex" and device == "cpu":
+        pytest.skip("FlexAttention has no backward on a CPU")
+    lengths = (1, 3, 4, 1, 5, 18)
+    documents = documents_from_lengths(lengths, sum(lengths) + 2).to(device)
+    case = Case(SMALL, kv_heads=2, group=2, dim=16, value_dim=16, tokens=documents.shape[1])
+    x = Inputs(*(y.to(device).requires_grad_() for y in case.inputs(torch.float32, raw=True)))
+    compressor = mlp(case, torch.float32).to(device)
+    packed = native_sparse_attention(x.q, x.kv, x.gates, SMALL, compressor, documents=documents, impl=impl)
+    alone = [
+        native_sparse_attention(y.q, y.kv, y.gates, SMALL, compressor, impl=impl)
+        for y in (one(x, *place) for place in each_document(documents))
+    ]
+    alone = torch.nn.functional.pad(torch.cat(alone, dim=2), (0, 0, 0, 2))
+    leaves = [*x, *compressor.parameters()]
+    assert_close([packed], [alone])
+    assert_close(gradients([packed], leaves), gradients([alone], leaves))
 
 
 @given(case=cases(positions=False, values=("normal", "flat")))
@@ -191,3 +216,21 @@ def test_documents_from_lengths(lengths: list, tokens: int, expected: list[list[
 def test_documents_from_lengths_refuses_what_does_not_fit(lengths: list, named: str):
     with pytest.raises(ValueError, match=named):
         documents_from_lengths(lengths, 5)
+
+
+def test_ids_are_read_once_a_call_and_again_when_changed(monkeypatch):
+    read = []
+    check = layout._check_document_values
+    monkeypatch.setattr(layout, "_check_document_values", lambda documents: (read.append(1), check(documents)))
+    layer = NativeSparseAttention(dim=8, num_heads=2, num_kv_heads=1, head_dim=4, config=SMALL)
+    x, documents = torch.randn(1, 15, 8), documents_from_lengths([7, 8], 15)
+    layer(x, documents=documents)
+    layer(x, documents=documents)
+    assert len(read) == 1
+    layer(x, documents=documents.clone())
+    assert len(read) == 2
+    documents[0, -1] = 0
+    with pytest.raises(ValueError, match="non-decreasing"):
+        layer(x, documents=documents)
+    with torch.inference_mode():
+        layer(x, documents=documents_from_lengths([7, 8], 15))

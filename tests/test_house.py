@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,11 @@ ORDER = [
     "visibility",
     "engines",
     "compression",
+    "pages",
     "kernels",
     "dense",
     "reference",
+    "static_masks",
     "flex",
     "compressed",
     "importance",
@@ -37,9 +40,19 @@ ORDER = [
     "window",
     "gating",
     "nsa",
+    "paged_reference",
+    "paged",
+    "bias",
+    "context",
+    "branches",
     "composition",
     "rotary",
+    "stores",
+    "fill",
+    "cache",
+    "append",
     "layer",
+    "inspect",
 ]
 
 SIGNATURES = {
@@ -58,13 +71,38 @@ SIGNATURES = {
     "selected_attention": "q k v selection config * scale positions documents mask_mod score_mod impl",
     "native_sparse_attention": "q kv gates config compressor * scale positions documents selection mask_mod impl",
     "NativeSparseAttention": "* dim num_heads num_kv_heads head_dim value_dim config compressor shared_kv rope_theta "
-    "qk_norm impl",
-    "NativeSparseAttention.forward": "self x * documents mask_mod",
+    "qk_norm compress_rotated impl",
+    "NativeSparseAttention.forward": "self x * documents cache mask_mod",
+    "NativeSparseAttention.forward_part": "self x * positions gather documents mask_mod",
+    "NativeSparseAttention.new_cache": "self batch max_tokens max_rollback * device dtype",
+    "NSACache.crop": "self tokens",
+    "NSACache.reorder": "self rows",
+    "NSACache.reset": "self",
+    "NSACache.to": "self device",
     "SparseAttention": "branches gate * selector impl",
-    "SparseAttention.forward": "self q kv x * positions documents mask_mod",
+    "SparseAttention.forward": "self q kv x * positions documents mask_mod selection",
+    "SparseAttention.attend": "self q kv x * positions documents mask_mod selection",
+    "SparseAttention.mix": "self context",
+    "Selection.from_scores": "scores num_selected",
+    "Selection.from_mask": "chosen num_selected",
+    "Selection.to_mask": "self num_blocks",
+    "Attended": "k v scale score_mod",
+    "CompressedBranch": "config compressor * scale score_mod",
+    "SelectedBranch": "config * scale score_mod bias",
+    "WindowBranch": "config * scale score_mod",
+    "ImportanceSelector": "config * branch",
+    "ImportanceSelector.importance": "self q context",
+    "ImportanceBias": "config weight * eps branch",
+    "importance_bias": "q k_cmp lse config * selection num_tokens weight eps scale positions documents mask_mod "
+    "score_mod",
     "Branch.attend": "self q k v context",
     "Selector.select": "self q context",
     "documents_from_lengths": "lengths tokens",
+    "Pages": "k v table",
+    "PagedKV": "compressed selected window",
+    "StepOutput": "out selection",
+    "paged_step": "q gates pages lengths config * scale out impl",
+    "paged_append": "kv pages lengths config * counts compressor recent impl",
 }
 
 
@@ -80,20 +118,31 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def test_every_module_has_a_place():
-    names = {path.stem for path in (ROOT / "flexnsa").glob("*.py")} | {"kernels"}
+    names = {path.stem for path in (ROOT / "flexnsa").glob("*.py")} | {"kernels", "inspect"}
     assert names - {"__init__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("name", [name for name in ORDER if name != "kernels"])
 def test_imports_go_one_way(name):
-    own = {module.split(".")[1] for module in imported_modules(ROOT / f"flexnsa/{name}.py") if "flexnsa." in module}
-    later = set(ORDER[ORDER.index(name) :])
+    package = ROOT / "flexnsa" / name
+    paths = list(package.glob("*.py")) if package.is_dir() else [ROOT / f"flexnsa/{name}.py"]
+    own = {module.split(".")[1] for path in paths for module in imported_modules(path) if "flexnsa." in module}
+    later = set(ORDER[ORDER.index(name) + package.is_dir() :])
     assert not own & later
 
 
 def test_only_the_kernels_import_triton():
-    for path in ROOT.glob("flexnsa/*.py"):
+    for path in (*ROOT.glob("flexnsa/*.py"), *ROOT.glob("flexnsa/inspect/*.py")):
         assert not any(module.split(".")[0] == "triton" for module in imported_modules(path)), path
+
+
+def test_the_core_knows_no_integration():
+    for path in ROOT.glob("flexnsa/**/*.py"):
+        imported = imported_modules(path)
+        if "integrations" not in path.parts:
+            assert not any(module.startswith("flexnsa.integrations") for module in imported), path
+        if "transformers" not in path.parts:
+            assert not any(module.split(".")[0] == "transformers" for module in imported), path
 
 
 def test_masks_need_torch_alone():
@@ -133,7 +182,7 @@ def test_all_is_sorted_and_complete():
 
 
 def public_objects():
-    for package in (flexnsa, flexnsa_masks):
+    for package in (flexnsa, flexnsa_masks, flexnsa.inspect):
         for name in package.__all__:
             value = getattr(package, name)
             if inspect.isclass(value) or inspect.isfunction(value):
@@ -196,7 +245,8 @@ def public_callables():
 @pytest.mark.parametrize(("name", "function"), list(public_callables()), ids=lambda x: x if isinstance(x, str) else "")
 def test_every_public_tensor_is_annotated_with_its_axes(name, function):
     hints = typing.get_type_hints(inspect.unwrap(function))
-    bare = [argument for argument, hint in hints.items() if torch.Tensor in (hint, *typing.get_args(hint))]
+    tensors = {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not Callable}
+    bare = [argument for argument, hint in tensors.items() if torch.Tensor in (hint, *typing.get_args(hint))]
     assert not bare, f"{name}: {bare} without axes"
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flexnsa.kernels import selected, selected_backward, spans
+from flexnsa.kernels import selected, selected_backward, selected_forward, spans
 from flexnsa.kernels.selected import selected_attention
 
 
@@ -133,11 +133,23 @@ def test_neighbours_that_select_alike(group):
 @pytest.mark.parametrize("group", [2, 8])
 def test_blocks_of_many_items_and_chunks(group, monkeypatch):
     monkeypatch.setattr(selected_backward, "_ROWS_PER_ITEM", 4 * group)
-    monkeypatch.setattr(selected_backward, "_FOLD", 2)
-    monkeypatch.setattr(spans, "PARTIAL_BYTES", 16 * 2 * group * 16 * 4)
+    for module in (selected_forward, selected_backward):
+        monkeypatch.setattr(module, "PARTIAL_BYTES", 16 * 2 * group * 16 * 4)
     monkeypatch.setattr(spans, "_SORTED_PAIRS", 1)
     inputs, indices, position, start = make(1, 2, group, 16, 16, 16, 60, False, 2, 0)
     check(inputs, indices, position, start, select_block=16, scale=0.3)
+
+
+@pytest.mark.parametrize(("group", "scale"), [(2, -0.3), (8, -0.3), (8, 0.0)])
+def test_any_scale(group, scale):
+    inputs, indices, position, start = make(1, 1, group, 16, 16, 16, 20, False, 2, 3)
+    check(inputs, indices, position, start, select_block=16, scale=scale)
+
+
+@pytest.mark.parametrize("group", [2, 8])
+def test_a_prefix_that_all_queries_see(group):
+    inputs, indices, position, start = make(1, 1, group, 16, 16, 16, 30, False, 2, 3)
+    check(inputs, indices, position.clamp(min=20), start, select_block=16, scale=0.3)
 
 
 def test_a_block_larger_than_a_tile():

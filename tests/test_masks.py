@@ -521,3 +521,13 @@ def test_a_mask_without_geometry_visits_every_tile(data: Any) -> None:
     q_len, kv_len = data.draw(LENGTHS), data.draw(LENGTHS)
     block = masks.block_mask(lambda b, h, q, k: k <= q, q_len=q_len, kv_len=kv_len, block_size=8)
     assert listed(block.kv_num_blocks, block.kv_indices).all() and block.full_kv_num_blocks is None
+
+
+def test_masks_can_be_made_inside_a_compiled_function() -> None:
+    def counts(index: torch.Tensor) -> torch.Tensor:
+        own = masks.with_tiles(lambda b, h, q, k: q >= k, lambda grid: None, "own")
+        mods = (masks.causal(), masks.and_masks(masks.causal(), masks.sliding_window(3)), own)
+        return sum(mod(index, index, index[:, None], index).int() for mod in mods)
+
+    index = torch.arange(5)
+    assert torch.equal(torch.compile(counts, fullgraph=True, backend="eager")(index), counts(index))

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 
 import oracle
-from conftest import Case, assert_as_accurate, assert_close, cases, gradients
+from conftest import Case, assert_as_accurate, assert_close, cases, geometries, gradients
 from flexnsa import (
     NativeSparseAttention,
     NSAConfig,
@@ -24,7 +25,21 @@ from flexnsa import (
     selected_attention,
     window_attention,
 )
-from flexnsa_masks import alibi, causal, or_masks, prefix, soft_cap
+from flexnsa.visibility import compressed_mask
+from flexnsa_masks import (
+    Grid,
+    alibi,
+    at_positions,
+    causal,
+    compressed,
+    or_masks,
+    prefix,
+    sliding_window,
+    soft_cap,
+    streaming_llm,
+    tiles_of,
+    with_tiles,
+)
 
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=5)
 
@@ -188,6 +203,36 @@ def test_mods_of_the_wrong_arity(name: str):
         window_attention(x.q, x.k_win, x.v_win, SMALL, **{name: lambda score, q_idx: score})
 
 
+@pytest.mark.parametrize(
+    "mask_mod",
+    (
+        lambda b, h, i, j: i - j,
+        lambda b, h, i, j: (i - j).float(),
+        lambda b, h, i, j: torch.ones(3, dtype=torch.bool),
+        lambda b, h, i, j: True,
+    ),
+    ids=("integers", "scores", "rows", "no tensor"),
+)
+def test_masks_that_do_not_say_yes_or_no(mask_mod):
+    x = Case(SMALL, tokens=9).inputs(torch.float32)
+    for impl in ("reference", "flex"):
+        with pytest.raises(TypeError, match="mask_mod must return a bool tensor"):
+            window_attention(x.q, x.k_win, x.v_win, SMALL, mask_mod=mask_mod, impl=impl)
+
+
+def test_a_mask_is_checked_before_any_branch_runs():
+    class Never:
+        def attend(self, q, k, v, context):
+            raise AssertionError("it ran")
+
+    x = Case(SMALL, tokens=9).inputs(torch.float32)
+    attention = SparseAttention({"never": Never()}, SigmoidGate(8, 1, 1))
+    with pytest.raises(TypeError, match="mask_mod must be callable as mask_mod"):
+        attention(
+            x.q, {"never": (x.k_win, x.v_win)}, torch.randn(1, 9, 8), mask_mod=lambda q_idx, kv_idx: q_idx > kv_idx
+        )
+
+
 def test_triton_takes_no_mods():
     x = Case(SMALL, tokens=9).inputs(torch.float32)
     with pytest.raises(NotImplementedError, match="take no mask_mod or score_mod"):
@@ -228,3 +273,48 @@ def test_a_score_mod_is_not_asked_about_the_key_that_stands_in_for_none(impl: st
         score_mod=lambda s, b, h, i, j: s + table[j],
     )
     assert torch.equal(out, torch.zeros_like(out))
+
+
+@given(
+    config=geometries(),
+    tokens=st.integers(1, 60),
+    tile=st.sampled_from(((8, 4), (4, 8), (16, 1), (5, 3))),
+    mod=st.sampled_from(
+        (causal(), prefix(7), or_masks(causal(), prefix(20)), sliding_window(9), streaming_llm(6, sinks=3))
+    ),
+    first=st.integers(0, 3),
+)
+def test_the_geometry_of_a_lifted_mask_is_sound(config: NSAConfig, tokens: int, tile: tuple[int, int], mod, first: int):
+    """No tile with a visible pair is skipped, none with an invisible one counts as full."""
+    count = config.num_compressed(tokens)
+    assume(count > 0)
+    positions = torch.arange(min(first, tokens - 1), tokens)
+    lifted = at_positions(compressed_mask(mod, None, config, tokens), positions)
+    some, full = tiles_of(lifted, Grid(len(positions), count, *tile, torch.device("cpu")))
+    pairs = create_mask(lifted, 1, 1, len(positions), count, device="cpu")[0, 0]
+    for row in range(some.shape[-2]):
+        for column in range(some.shape[-1]):
+            inside = pairs[row * tile[0] : (row + 1) * tile[0], column * tile[1] : (column + 1) * tile[1]]
+            assert some[0, 0, row, column] or not inside.any()
+            assert full is None or not full[0, 0, row, column] or inside.all()
+
+
+def test_a_lifted_mask_visits_what_causality_would():
+    config = NSAConfig()
+    grid = Grid(4096, config.num_compressed(4096), 128, 128, torch.device("cpu"))
+    lifted = compressed_mask(causal(), None, config, 4096)
+    assert torch.equal(tiles_of(lifted, grid).some, tiles_of(compressed(32, 16), grid).some)
+
+
+def test_flex_asks_a_mask_for_its_tiles_in_every_branch():
+    """Compressed tokens included: a tile of theirs is as many strides of tokens."""
+    asked, plain = [], causal()
+
+    def tiles(grid: Grid):
+        asked.append(grid.kv_block)
+        return tiles_of(plain, grid)
+
+    mask = with_tiles(lambda b, h, i, j: j <= i, tiles, "spied")
+    x = Case(SMALL, kv_heads=2, group=2, tokens=300).inputs(torch.float32)
+    native_sparse_attention(x.q, x.kv, x.gates, SMALL, None, mask_mod=mask, impl="flex")
+    assert set(asked) == {128, 128 * SMALL.compress_stride}

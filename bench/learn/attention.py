@@ -1,14 +1,15 @@
 """The attentions that a twin can be built with, by name: each maps [b, t, dim] to [b, t, dim], causally."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from flexnsa import NativeSparseAttention, NSAConfig
+from flexnsa import BranchKV, MeanPool, NativeSparseAttention, NSAConfig, Selection, selected_attention
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,17 @@ class AttentionShape:
     nsa: NSAConfig
 
 
-def rotate(x: Float[Tensor, "b h t d"], theta: float) -> Float[Tensor, "b h t d"]:
-    """Rotary embedding (Su et al. 2021) of x at positions 0 .. t-1, halves paired."""
+def rotate(
+    x: Float[Tensor, "b h t d"], theta: float, documents: Int64[Tensor, "b t"] | None = None
+) -> Float[Tensor, "b h t d"]:
+    """Rotary embedding (Su et al. 2021) of x at positions 0 .. t-1, halves paired; from 0 in each document."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency
+    position = torch.arange(x.shape[-2], device=x.device)
+    if documents is not None:
+        begins = torch.searchsorted(documents.contiguous(), documents.contiguous())
+        position = (position - begins)[:, None]
+    angle = position[..., None] * frequency
     cos, sin = angle.cos(), angle.sin()
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -57,16 +64,31 @@ class DenseAttention(nn.Module):
         self.value = nn.Linear(shape.dim, shape.kv_heads * shape.head_dim, bias=False)
         self.output = nn.Linear(shape.heads * shape.head_dim, shape.dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b t dim"]:
+    def forward(
+        self, x: Float[Tensor, "b t dim"], *, documents: Int64[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b t dim"]:
         """Attend and project back."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        q, k = rotate(q, self.shape.rope_theta), rotate(k, self.shape.rope_theta)
-        mask = None if self.window is None else banded(x.shape[1], self.window, x.device)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.output(out.transpose(1, 2).flatten(2))
+        q, k = (rotate(y, self.shape.rope_theta, documents) for y in (q, k))
+        return self.output(self.attend(q, k, v, documents).transpose(1, 2).flatten(2))
+
+    def attend(
+        self,
+        q: Float[Tensor, "b hq t d"],
+        k: Float[Tensor, "b hk t d"],
+        v: Float[Tensor, "b hk t d"],
+        documents: Int64[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b hq t d"]:
+        """Softmax attention to what each query sees."""
+        tokens = q.shape[2]
+        near = documents is not None or self.window is not None
+        mask = banded(tokens, self.window or tokens, q.device) if near else None
+        if documents is not None and mask is not None:
+            mask = mask & (documents[:, None, :, None] == documents[:, None, None])
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
 def banded(tokens: int, window: int, device: torch.device) -> Tensor:
@@ -76,19 +98,77 @@ def banded(tokens: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _nsa(shape: AttentionShape) -> nn.Module:
-    return NativeSparseAttention(
+class MoBA(DenseAttention):
+    """Mixture of block attention (Lu et al. 2025, arXiv 2502.13189): a query's own block and those whose mean keys it
+    likes best, as many tokens in all as NSA selects. As everywhere here, the heads of a group choose together."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__(shape)
+        block = shape.nsa.select_block
+        self.blocks = replace(shape.nsa, compress_block=block, compress_stride=block, num_initial=0, num_local=1)
+
+    def attend(
+        self,
+        q: Float[Tensor, "b hq t d"],
+        k: Float[Tensor, "b hk t d"],
+        v: Float[Tensor, "b hk t d"],
+        documents: Int64[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b hq t d"]:
+        """Softmax attention to the selected blocks."""
+        if documents is not None:
+            raise ValueError("moba's blocks do not follow documents, got packed rows; leave out --packed")
+        size = self.blocks.select_block
+        means = pad(k, (0, 0, 0, -k.shape[2] % size)).unflatten(2, (-1, size)).mean(dim=3)
+        scores = q.unflatten(1, (k.shape[1], -1)).sum(dim=2) @ means.mT
+        own = torch.arange(q.shape[2], device=q.device)[:, None] // size
+        block = torch.arange(means.shape[2], device=q.device)
+        scores = scores.float().masked_fill(block == own, torch.inf).masked_fill(block > own, -torch.inf)
+        chosen = Selection.from_scores(scores, self.blocks.num_selected)
+        return selected_attention(q, k, v, chosen, self.blocks).out
+
+
+class WithoutBranch(nn.Module):
+    """A gate that is 0 for one branch: it adds nothing to the output, but its scores still choose the blocks."""
+
+    def __init__(self, gate: Callable[[Tensor], Tensor], branch: str):
+        super().__init__()
+        self.gate, self.branch = gate, BranchKV._fields.index(branch)
+
+    def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b h t branches"]:
+        """The gate's values, one of them replaced."""
+        gates = self.gate(x)
+        return gates.index_fill(-1, torch.tensor(self.branch, device=gates.device), 0.0)
+
+
+def _nsa(
+    shape: AttentionShape, *, without: str | None = None, mean_pooled: bool = False, shared_kv: bool = False
+) -> NativeSparseAttention:
+    layer = NativeSparseAttention(
         dim=shape.dim,
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         config=shape.nsa,
+        compressor=MeanPool(shape.nsa) if mean_pooled else None,
+        shared_kv=shared_kv,
         rope_theta=shape.rope_theta,
     )
+    if without is not None:
+        layer.attention.gate = WithoutBranch(layer.attention.gate, without)
+    return layer
 
 
 ATTENTIONS: Mapping[str, Callable[[AttentionShape], nn.Module]] = {
     "nsa": _nsa,
     "full": DenseAttention,
     "window": lambda shape: DenseAttention(shape, shape.nsa.window),
+    "nsa-no-compressed": partial(_nsa, without="compressed"),
+    "nsa-no-selected": partial(_nsa, without="selected"),
+    "nsa-no-window": partial(_nsa, without="window"),
+    "nsa-shared-kv": partial(_nsa, shared_kv=True),
+    "nsa-mean-pool": partial(_nsa, mean_pooled=True),
+    "moba": MoBA,
 }
+"""Every attention by name; what is left out of an ablated NSA keeps its projections, untrained."""
+
+DEFAULT_ATTENTIONS = ("nsa", "full", "window")

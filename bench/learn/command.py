@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from bench.learn.attention import ATTENTIONS
+from bench.learn.attention import ATTENTIONS, DEFAULT_ATTENTIONS
 from bench.learn.compare import Comparison
+from bench.learn.parallel import joined, own_device
 from bench.learn.presets import PRESETS, preset_for
 from bench.learn.report import report
 from bench.learn.settings import Settings
-from bench.learn.text import TextTask, read_corpus, standard_library
+from bench.learn.text import PackedTextTask, TextTask, read_corpus, standard_library
 
 TASKS = ("text",)
 DESCRIPTION = """\
@@ -21,7 +22,11 @@ Train small language models that differ in their attention alone (nsa, full, win
 batches, and compare them.
 
 Writes result.json, loss.png, attention.png, selection.png and gates.png. Ctrl-C stops the training of all models at
-the same step and keeps results and pictures so far; a second Ctrl-C stops at once."""
+the same step and keeps results and pictures so far; a second Ctrl-C stops at once.
+
+On several processes, each with its share of every batch and of the parameters:
+    torchrun --nproc-per-node 2 -m bench learn --task text ...
+A killed run goes on where it was last validated, on any number of processes: the same command with --resume."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,7 +40,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = parser.add_argument
     add("--task", choices=TASKS, required=True, help="text: the next byte of the standard library's own source")
     add("--preset", choices=PRESETS, help="sizes; by default those made for the device. tiny takes seconds")
-    add("--attention", choices=ATTENTIONS, nargs="+", default=list(ATTENTIONS), help="models to train (default: all)")
+    chosen = list(DEFAULT_ATTENTIONS)
+    add("--attention", choices=ATTENTIONS, nargs="+", default=chosen, help="models to train (default: nsa full window)")
     add("--tokens", type=int, help="training tokens that each model sees")
     add("--context", type=int, help="tokens of one row")
     add("--batch", type=int, help="rows of one step")
@@ -45,8 +51,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--device", type=torch.device, help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--compile", action="store_true", default=None, dest="compiled", help="run the models through torch.compile")
+    add("--packed", action="store_true", help="rows of several excerpts, as documents that do not see one another")
     add("--source", type=Path, help="folder of *.py files to learn from instead of the standard library")
     add("--out", type=Path, help="folder to write to (default: runs/TASK-PRESET-seedN)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in that folder, if there is one")
     parser.set_defaults(run=run)
 
 
@@ -58,13 +66,17 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device(options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     preset = options.preset or preset_for(device)
-    folder = options.out or Path("runs") / f"{options.task}-{preset}-seed{options.seed}"
-    task = TextTask(read_corpus(options.source or standard_library()), options.seed)
-    result = Comparison(task, settings_of(options, PRESETS[preset]), options.attention, device, folder).run()
-    print(report(result))
-    print(f"\nResults and pictures: {folder}/")
+    folder = options.out or Path("runs") / f"{options.task}{'-packed' * options.packed}-{preset}-seed{options.seed}"
+    rows = PackedTextTask if options.packed else TextTask
+    task = rows(read_corpus(options.source or standard_library()), options.seed)
+    settings = settings_of(options, PRESETS[preset])
+    with joined(device) as ranks:
+        result = Comparison(task, settings, options.attention, device, folder, ranks).run(options.resume)
+    if ranks.first:
+        print(report(result))
+        print(f"\nResults and pictures: {folder}/")
 
 
 def settings_of(options: argparse.Namespace, preset: Settings) -> Settings:

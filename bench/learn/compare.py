@@ -1,5 +1,6 @@
 """One comparison from start to end: train the twins, validate, sample, draw, and write `result.json`."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,10 +9,12 @@ import torch
 from torch import Tensor
 
 from bench.learn import pictures
-from bench.learn.generate import generate
+from bench.learn.checkpoint import Checkpoints
+from bench.learn.generate import Continuation, generate
 from bench.learn.interrupt import catching_interrupt
 from bench.learn.look import gate_means, look_into, telling_query
 from bench.learn.model import count_parameters
+from bench.learn.parallel import ALONE, Ranks
 from bench.learn.settings import Settings
 from bench.learn.task import Task
 from bench.learn.train import Twin, evaluate, train
@@ -19,32 +22,83 @@ from bench.record import environment, write_json
 
 
 class Comparison:
-    """The twins of one run and everything that is written about them to a folder."""
+    """The twins of one run and everything that is written about them to a folder.
 
-    def __init__(self, task: Task, settings: Settings, attentions: Sequence[str], device: torch.device, folder: Path):
+    With several ranks each of them runs this, and the first one writes.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        settings: Settings,
+        attentions: Sequence[str],
+        device: torch.device,
+        folder: Path,
+        ranks: Ranks = ALONE,
+    ):
+        self.ranks = ranks
         self.task = task
         self.settings = settings
         self.folder = folder
         self.device = device
-        self.twins = [Twin(name, settings, task.vocabulary, device) for name in attentions]
+        ranks.agree(self._facts() | {"attentions": list(attentions)})
+        self.twins = [Twin(name, settings, task.vocabulary, device, ranks) for name in attentions]
+        self.checkpoints = Checkpoints(folder / "checkpoint", ranks)
         self.status = "running"
-        self.continuations: dict[str, str] = {}
+        self.continuations: dict[str, Continuation] = {}
         self.gates: list[tuple[int, Tensor]] = []
 
-    def run(self) -> dict[str, object]:
+    def run(self, resume: bool = False) -> dict[str, object]:
         """Train until the budget ends or Ctrl-C, then validate in full and write everything.
+
+        Args:
+            resume: go on from the folder's newest checkpoint, if there is one.
 
         Returns:
             What `result.json` holds.
+
+        Raises:
+            ValueError: the checkpoint is of another run.
         """
+        start = self._start(resume)
         with catching_interrupt() as interrupt:
-            self.status = train(self.twins, self.task, self.settings, interrupt, self.note)
+            self.status = train(self.twins, self.task, self.settings, interrupt, self.note, start, self._checkpoint)
         evaluate(self.twins, self.task, self.settings, self.settings.validation_rows)
         self.note()
         prompt = self.task.prompt(self.settings.context)
         self.draw(prompt)
         self.continuations = {twin.attention: self._continuation(twin, prompt) for twin in self.twins}
+        if self.status == "finished":
+            self.checkpoints.remove()
         return self.save()
+
+    def _start(self, resume: bool) -> int:
+        """The step to begin with: 0, or that of the newest checkpoint."""
+        newest = self.checkpoints.newest()
+        if newest is None or not resume:
+            self.checkpoints.remove()
+            return 0
+        step, notes = self.checkpoints.load(newest, self.twins)
+        facts: dict[str, object] = json.loads(json.dumps(self._facts()))
+        written = {name: value for name, value in notes["facts"].items() if facts[name] != value}
+        if written:
+            given = {name: facts[name] for name in written}
+            raise ValueError(
+                f"the checkpoint in {newest} was written with {written}, got {given}; resume with the options of that "
+                f"run, or leave out --resume"
+            )
+        self.gates = [(tokens, torch.tensor(mean)) for tokens, mean in notes["gates"]]
+        return step
+
+    def _checkpoint(self, step: int) -> None:
+        gates = [(tokens, mean.tolist()) for tokens, mean in self.gates]
+        self.checkpoints.save(step, self.twins, {"facts": self._facts(), "gates": gates})
+
+    def _facts(self) -> dict[str, object]:
+        """What makes two runs the same: all settings but the time they may take, and the data."""
+        facts = asdict(self.settings) | {"task": self.task.name, "data": self.task.describe()}
+        del facts["minutes"]
+        return facts
 
     def note(self) -> None:
         """After each validation: NSA's gates at this point, and the result so far, in case the run is killed."""
@@ -57,10 +111,13 @@ class Comparison:
     def draw(self, prompt: Tensor) -> None:
         """Write the pictures; those of NSA's inside only if it takes part."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        pictures.draw_losses(self.folder / "loss.png", {twin.attention: twin.progress for twin in self.twins})
+        if self.ranks.first:
+            pictures.draw_losses(self.folder / "loss.png", {twin.attention: twin.progress for twin in self.twins})
         for twin in self._nsa():
             with twin.autocast():
                 look = look_into(twin.model, prompt.to(self.device))
+            if not self.ranks.first:
+                continue
             text = pictures.printable(prompt[0].tolist())
             pictures.draw_selection(self.folder / "selection.png", look)
             pictures.draw_query(self.folder / "attention.png", look, telling_query(look), text)
@@ -73,15 +130,18 @@ class Comparison:
             "task": self.task.name,
             "status": self.status,
             **environment(self.device),
+            "processes": self.ranks.count,
             "seed": self.settings.seed,
             "config": asdict(self.settings),
             "data": self.task.describe(),
             "rows": [self._row(twin) for twin in self.twins],
         }
-        write_json(self.folder / "result.json", result)
+        if self.ranks.first:
+            write_json(self.folder / "result.json", result)
         return result
 
     def _row(self, twin: Twin) -> dict[str, object]:
+        written = self.continuations.get(twin.attention)
         return {
             "attention": twin.attention,
             "parameters": count_parameters(twin.model),
@@ -90,15 +150,16 @@ class Comparison:
             "tokens_per_second": round(twin.progress.tokens_per_second, 1),
             **asdict(twin.progress),
             "gates": [(tokens, mean.tolist()) for tokens, mean in self.gates] if twin.attention == "nsa" else None,
-            "continuation": self.continuations.get(twin.attention),
+            "continuation": None if written is None else self.task.decode(written.tokens),
+            "written_per_second": None if written is None else round(written.tokens_per_second, 1),
+            "cached": None if written is None else written.cached,
         }
 
-    def _continuation(self, twin: Twin, prompt: Tensor) -> str:
+    def _continuation(self, twin: Twin, prompt: Tensor) -> Continuation:
         settings = self.settings
         with twin.autocast():
             row = prompt.to(self.device)
-            drawn = generate(twin.model, row, settings.continuation, settings.context, settings.seed)
-        return self.task.decode(drawn)
+            return generate(twin.model, row, settings.continuation, settings.context, settings.seed)
 
     def _nsa(self) -> list[Twin]:
         return [twin for twin in self.twins if twin.attention == "nsa"]

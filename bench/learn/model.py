@@ -1,5 +1,6 @@
 """A small causal transformer whose attention is swapped by name: RMSNorm, rotary attention, gated MLP."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int64
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from bench.learn.attention import ATTENTIONS, AttentionShape
+from flexnsa import NativeSparseAttention, NSACache
 
 HIDDEN_STEP = 8
 
@@ -53,9 +55,15 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(dim)
         self.mlp = GatedMLP(dim, shape.hidden)
 
-    def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b t dim"]:
-        """One layer."""
-        x = x + self.attention(self.attention_norm(x))
+    def forward(
+        self,
+        x: Float[Tensor, "b t dim"],
+        cache: NSACache | None = None,
+        documents: Int64[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b t dim"]:
+        """One layer, of tokens that continue those of the cache, or that belong to several documents."""
+        given = {name: value for name, value in (("cache", cache), ("documents", documents)) if value is not None}
+        x = x + self.attention(self.attention_norm(x), **given)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -71,12 +79,25 @@ class Transformer(nn.Module):
         self.head.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def forward(self, tokens: Int64[Tensor, "b t"]) -> Float[Tensor, "b t vocabulary"]:
-        """Logits of the token after each."""
+    def forward(
+        self,
+        tokens: Int64[Tensor, "b t"],
+        caches: Sequence[NSACache] | None = None,
+        documents: Int64[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b t vocabulary"]:
+        """Logits of the token after each; with caches the tokens continue those of earlier calls."""
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if caches is None else caches[number], documents)
         return self.head(self.norm(x))
+
+    def new_caches(self, batch: int, max_tokens: int) -> list[NSACache] | None:
+        """An empty cache for each layer, None where the attention has none."""
+        attentions = [block.attention for block in self.blocks]
+        caches = [
+            layer.new_cache(batch, max_tokens) for layer in attentions if isinstance(layer, NativeSparseAttention)
+        ]
+        return caches if len(caches) == len(attentions) else None
 
 
 def count_parameters(model: nn.Module) -> int:

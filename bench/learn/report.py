@@ -13,6 +13,12 @@ def report(result: Mapping[str, Any]) -> str:
         f"{row['tokens']:>10,} {row['parameters']:>11,}"
         for row in result["rows"]
     ]
-    samples = [f"\n--- {row['attention']} continues ---\n{row['continuation']}" for row in result["rows"]]
+    samples = [
+        f"\n--- {row['attention']} continues, {_speed(row)} ---\n{row['continuation']}" for row in result["rows"]
+    ]
     where = f"\n{result['status']} on {result['device']}, torch {result['torch']}, seed {result['seed']}\n"
     return "\n".join([where, head, *table, *samples])
+
+
+def _speed(row: Mapping[str, Any]) -> str:
+    return f"{row['written_per_second']:,.0f} tokens/s {'from a cache' if row['cached'] else 'without a cache'}"

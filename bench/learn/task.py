@@ -10,10 +10,14 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """Tokens and the label to predict at each of them; `IGNORED` where nothing is asked."""
+    """Tokens and the label to predict at each of them; `IGNORED` where nothing is asked.
+
+    `documents` says to which document each token belongs, ascending within a row; None for one document a row.
+    """
 
     inputs: Int64[Tensor, "b t"]
     labels: Int64[Tensor, "b t"]
+    documents: Int64[Tensor, "b t"] | None = None
 
 
 class Task(Protocol):

@@ -122,6 +122,37 @@ class TextTask:
         return len(data) - context
 
 
+class PackedTextTask(TextTask):
+    """Next-byte prediction in rows that pack several excerpts, each a document that sees itself alone.
+
+    Where a row is cut into documents depends on the seed and the step, or on the row in validation; their lengths run
+    from 1 to the whole row.
+    """
+
+    name = "packed-text"
+    documents = 4
+
+    def training(self, step: int, size: int, context: int) -> Batch:
+        """`size` rows of excerpts, cut and placed by `(seed, step)`."""
+        return self._pack(self.corpus.train, np.random.default_rng((self.seed, step)), size, context)
+
+    def validation(self, rows: int, size: int, context: int) -> Iterator[Batch]:
+        """`rows` rows of held-out excerpts, independent of the seed."""
+        generator = np.random.default_rng(0)
+        for first in range(0, rows, size):
+            yield self._pack(self.corpus.validation, generator, min(size, rows - first), context)
+
+    def _pack(self, data: UInt8[Tensor, "bytes"], generator: np.random.Generator, rows: int, context: int) -> Batch:
+        cuts = torch.from_numpy(generator.integers(1, context + 1, size=(rows, self.documents - 1))).sort(1).values
+        token = torch.arange(context).expand(rows, -1)
+        documents = torch.searchsorted(cuts, token.contiguous(), right=True)
+        begin = torch.nn.functional.pad(cuts, (1, 0)).gather(1, documents)
+        crops = self._crops(data, context)
+        place = torch.from_numpy(generator.integers(crops, size=(rows, self.documents))).gather(1, documents)
+        at = place + token - begin
+        return Batch(data[at].long(), data[at + 1].long(), documents)
+
+
 def _batch(data: UInt8[Tensor, "bytes"], starts: Int64[Tensor, "b"], context: int) -> Batch:
     rows = data[starts[:, None] + torch.arange(context + 1)].long()
     return Batch(rows[:, :-1], rows[:, 1:])

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from bench.learn.interrupt import Interrupt
 from bench.learn.model import Transformer
+from bench.learn.parallel import ALONE, Ranks
 from bench.learn.settings import Settings, twin_shape
 from bench.learn.task import IGNORED, Batch, Task
 
@@ -41,14 +42,16 @@ class Progress:
 class Twin:
     """One model of the comparison with its optimizer and its history."""
 
-    def __init__(self, attention: str, settings: Settings, vocabulary: int, device: torch.device):
+    def __init__(self, attention: str, settings: Settings, vocabulary: int, device: torch.device, ranks: Ranks = ALONE):
         self.attention = attention
+        self.ranks = ranks
         self.shape = twin_shape(settings, attention, vocabulary)
         self.settings = settings
         self.device = device
         torch.manual_seed(settings.seed)
         self.model = Transformer(self.shape, attention).to(device)
-        self.network: Callable[[Tensor], Tensor] = torch.compile(self.model) if settings.compiled else self.model
+        ranks.shard(self.model)
+        self.network: Callable[..., Tensor] = torch.compile(self.model) if settings.compiled else self.model
         self.optimizer = _optimizer(self.model, settings)
         self.progress = Progress()
 
@@ -57,12 +60,14 @@ class Twin:
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._bits(batch).sum() / _asked(batch).sum().to(self.device)
+        # The ranks' gradients are averaged, so that each rank's part of the sum counts as often as there are ranks.
+        share = self.ranks.share(batch)
+        loss = self._bits(share).sum() * self.ranks.count / _asked(batch).sum().to(self.device)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.progress.train_bits.append(loss.item())
+        self.progress.train_bits.append(self.ranks.total(loss.detach()).item() / self.ranks.count)
         self.progress.tokens += batch.inputs.numel()
         self.progress.seconds += time.perf_counter() - started
 
@@ -72,7 +77,7 @@ class Twin:
         bits = torch.zeros(self.settings.context, dtype=torch.float64)
         asked = torch.zeros(self.settings.context, dtype=torch.int64)
         for batch in batches:
-            bits += self._bits(batch).double().sum(dim=0).cpu()
+            bits += self.ranks.total(self._bits(self.ranks.share(batch)).double().sum(dim=0)).cpu()
             asked += _asked(batch).sum(dim=0)
         self.progress.validation.append((self.progress.tokens, (bits.sum() / asked.sum()).item()))
         self.progress.position_bits = (bits / asked).tolist()
@@ -84,7 +89,8 @@ class Twin:
     def _bits(self, batch: Batch) -> Float[Tensor, "b t"]:
         """Bits of each label, 0 where none is asked."""
         with self.autocast():
-            logits = self.network(batch.inputs.to(self.device))
+            documents = None if batch.documents is None else batch.documents.to(self.device)
+            logits = self.network(batch.inputs.to(self.device), documents=documents)
         labels = batch.labels.to(self.device)
         nats = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         return nats / math.log(2)
@@ -96,21 +102,34 @@ def train(
     settings: Settings,
     interrupt: Interrupt,
     after_evaluation: Callable[[], None],
+    start: int = 0,
+    save: Callable[[int], None] = lambda step: None,
 ) -> str:
-    """Train all twins over the same batches in the same order.
+    """Train all twins over the same batches in the same order, from step ``start`` on.
+
+    ``save(step)`` is called where the training may go on later: before every validation but the first, and where it
+    ends too early.
 
     Returns:
         Why it ended: `"finished"`, `"interrupted"` or `"out of time"`.
     """
     deadline = time.monotonic() + 60 * settings.minutes
     interval = max(1, settings.steps // (settings.evaluations + 1))
-    with tqdm(total=settings.steps * settings.batch * settings.context, unit="tok", unit_scale=True) as bar:
-        for step in range(settings.steps):
-            if interrupt.requested:
-                return "interrupted"
-            if time.monotonic() > deadline:
-                return "out of time"
+    ranks, row = twins[0].ranks, settings.batch * settings.context
+    with tqdm(
+        total=settings.steps * row, initial=start * row, unit="tok", unit_scale=True, disable=not ranks.first
+    ) as bar:
+        for step in range(start, settings.steps):
+            for status, reached in (
+                ("interrupted", interrupt.requested),
+                ("out of time", time.monotonic() > deadline),
+            ):
+                if ranks.any(reached, twins[0].device):
+                    save(step)
+                    return status
             if step % interval == 0:
+                if step > start:
+                    save(step)
                 evaluate(twins, task, settings, settings.validation_rows // 4)
                 bar.set_postfix({twin.attention: f"{twin.progress.bits:.3f}" for twin in twins})
                 after_evaluation()

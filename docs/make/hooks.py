@@ -9,19 +9,25 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import conversion
+import decode
 import gallery
 import pictures
+import speed
 import support
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "conversion": conversion.table,
+    "decode": decode.table,
     "gallery": gallery.table,
     "gallery pictures": gallery.sections,
     "auto": support.auto_order,
     "engines": support.engines_table,
     "support": support.support_table,
+    **speed.TABLES,
 }
 MARKER = re.compile(r"<!-- generated: (.+?) -->")
 PICTURE = re.compile(r"!\[([^\]]*)\]\(((?:\.\./)*)pictures/([\w-]+)\.svg\)")
@@ -30,7 +36,7 @@ MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', r
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Draw every picture."""
-    for path, content in (pictures.files() | gallery.files()).items():
+    for path, content in (pictures.files() | pictures.themed(speed.PICTURES) | gallery.files()).items():
         files.append(File.generated(config, f"pictures/{path}", content=content))
     return files
 

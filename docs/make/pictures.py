@@ -19,9 +19,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flexnsa import (
+    CompressedBranch,
+    ImportanceSelector,
     MeanPool,
     NSAConfig,
+    SelectedBranch,
     Selection,
+    SparseAttention,
+    WindowBranch,
     block_importance,
     compressed_attention,
     documents_from_lengths,
@@ -29,6 +34,7 @@ from flexnsa import (
     selected_attention,
     window_attention,
 )
+from flexnsa.inspect import Look, draw_branches, draw_query, draw_selection, look_at_attention
 
 THEMES = {"light": "#1b1b1f", "dark": "#e4e4ea"}
 COLOURS = {"compressed": "#8264d6", "selected": "#e0533a", "window": "#2a9d6e"}
@@ -211,19 +217,43 @@ def _passages(axes: Axes) -> None:
                   transform=axes.get_xaxis_transform())  # fmt: skip
 
 
+@functools.cache
+def look() -> Look:
+    """The toy sequence in a composition that mean-pools, its gates set by hand."""
+    q, k = toy()
+    attention = SparseAttention(
+        {
+            "compressed": CompressedBranch(SMALL, MeanPool(SMALL)),
+            "selected": SelectedBranch(SMALL),
+            "window": WindowBranch(SMALL),
+        },
+        gate=lambda x: torch.tensor([0.3, 0.9, 0.6]).expand(1, GROUP, x.shape[1], 3),
+        selector=ImportanceSelector(SMALL),
+    )
+    return look_at_attention(attention, q, dict.fromkeys(attention.branches, (k, k)), torch.zeros(1, TOKENS, 1))
+
+
 PICTURES: Mapping[str, Callable[[], Figure]] = {
     "views": views,
     "query": query,
     "overlap": overlap,
     "reads": reads,
     "packed": packed,
+    "inspect-branches": lambda: draw_branches(look()),
+    "inspect-query": lambda: draw_query(look(), 235),
+    "inspect-selection": lambda: draw_selection(look()),
 }
 
 
 @functools.cache
 def files() -> dict[str, bytes]:
     """Every picture in every theme, as SVG, by file name."""
-    return {f"{name}-{theme}.svg": _svg(draw, theme) for name, draw in PICTURES.items() for theme in THEMES}
+    return themed(PICTURES)
+
+
+def themed(pictures: Mapping[str, Callable[[], Figure]]) -> dict[str, bytes]:
+    """Pictures in every theme, as SVG, by file name."""
+    return {f"{name}-{theme}.svg": _svg(draw, theme) for name, draw in pictures.items() for theme in THEMES}
 
 
 def _svg(draw: Callable[[], Figure], theme: str) -> bytes:

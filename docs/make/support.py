@@ -72,7 +72,7 @@ FEATURES: Mapping[str, Problem] = {
     "fewer tokens than a compressed one": Problem(tokens=5),
     "`torch.compile(fullgraph=True)`": Problem(compiled=True),
 }
-LATER = ("decoding with a cache", "context parallelism", "Hugging Face models")
+LATER = ("decoding with a cache", "context parallelism")
 
 
 def auto_order() -> str:

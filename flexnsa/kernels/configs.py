@@ -74,11 +74,20 @@ def forward_plan(itemsize: int, dim: int, value_dim: int, select_block: int, gro
     shared = _fit_forward(_candidates(itemsize, select_block, 64, (3, 2, 1)), dim, value_dim, itemsize, limit)
     queries = max(1, min(16, shared.rows // group))
     if by_query:
-        rest = _candidates(itemsize, select_block, min(16, padded(group)), (2, 1))
+        rest = _query_tiles(itemsize, dim, value_dim, select_block, group)
         return ForwardPlan(queries, 1, 0.6, shared, _fit_forward(rest, dim, value_dim, itemsize, limit), True)
     rest = _candidates(itemsize, select_block, 64, (1,))
     least = max(1, queries // 3)
     return ForwardPlan(queries, least, 1.0, shared, _fit_forward(rest, dim, value_dim, itemsize, limit), False)
+
+
+def _query_tiles(itemsize: int, dim: int, value_dim: int, select_block: int, group: int) -> list[Tile]:
+    """Tiles of one query's heads. Where a warp can hold 16 of them with all their keys, warps need not wait for one
+    another, and many small programs keep the memory busy."""
+    rows = min(64, padded(group))
+    if itemsize == 2 and padded(dim) + padded(value_dim) <= 256:
+        return [Tile(rows, min(32, padded(select_block)), rows // 16, stages) for stages in (3, 2, 1)]
+    return _candidates(itemsize, select_block, rows, (2, 1))
 
 
 def _fit_forward(tiles: list[Tile], dim: int, value_dim: int, itemsize: int, limit: int) -> Tile:
@@ -97,21 +106,25 @@ class BackwardPlan(NamedTuple):
         tile: shape of the kernel over the pairs.
         keep_scores: whether a pair leaves the gradients of its scores, or its share of dQ. The former are smaller, and
             spare the kernel a fifth product and its registers, but K must be read once more: only for a large group.
+        queries: adjacent queries whose dQ is computed as one tile, where they share blocks.
+        worth: most blocks that such a tile visits, as a share of the choices that they stand for.
     """
 
     tile: Tile
     keep_scores: bool
+    queries: int
+    worth: float
 
 
 def backward_plan(itemsize: int, dim: int, value_dim: int, select_block: int, group: int, limit: int) -> BackwardPlan:
     """The backward's tile: the widest of those that fit ``limit`` bytes of shared memory."""
     keep_scores = group >= 8
     dims = padded(dim) + padded(value_dim)
-    for tile in _candidates(itemsize, select_block, 64, (2, 1) if keep_scores else (3, 2, 1)):
+    for tile in _candidates(itemsize, select_block, 32, (3, 2, 1)):
         held = tile.keys * (dims if keep_scores else dims + padded(dim)) + 2 * tile.rows * tile.keys
         moving = tile.rows * dims * tile.stages
         if itemsize * (held + moving) <= limit and tile.keys * dims <= 128 * 256:
-            return BackwardPlan(tile, keep_scores)
+            return BackwardPlan(tile, keep_scores, max(1, min(8, 64 // group)), 0.6)
     raise NotImplementedError(_too_large(dim, value_dim, itemsize))
 
 

@@ -33,7 +33,8 @@ def selected_attention(
         v: values ``[b, hk, tk, dv]``.
         indices: int32 ``[b, hk, tq, n]``, block ids local to the query's document, ascending, left-packed, padded
             with -1. What points outside of the visible keys is skipped; nothing outside of k and v is ever read.
-        position: int64 ``[b, tq]`` or ``[1, tq]``, absolute positions, increasing, -1 for a padding query.
+        position: int64 ``[b, tq]`` or ``[1, tq]``, the last key that each query may see, non-decreasing, -1 for
+            padding. That is the query's own position where attention is causal; a prefix that all see makes it larger.
         start: int64 ``[b, tq]`` or ``[1, tq]``, first token of the query's document, non-decreasing.
         select_block: tokens of a block.
         scale: softmax scale.

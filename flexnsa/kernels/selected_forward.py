@@ -13,7 +13,7 @@ from flexnsa.kernels.inversion import Inversion, invert_selection
 from flexnsa.kernels.selected_pairs import merge_pairs, pair_attention
 from flexnsa.kernels.selected_tiles import query_attention, tile_attention
 from flexnsa.kernels.sharing import Sharing, share_selection
-from flexnsa.kernels.spans import Span, spans
+from flexnsa.kernels.spans import PARTIAL_BYTES, Span, spans
 
 _ROWS_PER_ITEM = 1024
 _MERGE_ROWS = 16
@@ -22,9 +22,11 @@ _MERGE_ROWS = 16
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, select_block: int, scale: float) -> tuple[Tensor, Tensor]:
     """Output [b, hq, tq, dv] and LSE [b, hq, tq] of selected attention; q, k and v have any strides."""
     (batch, hq, tq, d), (_, hk, _, dv) = q.shape, v.shape
+    if scale < 0:  # the kernels look for the highest product, which is then the lowest
+        q, scale = -q, -scale
     out, lse = q.new_empty(batch, hq, tq, dv), q.new_empty(batch, hq, tq, dtype=torch.float32)
     plan = forward_plan(q.element_size(), d, dv, select_block, hq // hk, shared_memory(q.device))
-    sharing = share_selection(blocks.base, plan.queries, plan.least, plan.worth)
+    sharing = share_selection(blocks.base, plan.queries, plan.least, plan.worth, slots=False)
     shape: dict[str, Any] = {
         "G": hq // hk,
         "D": d,
@@ -39,13 +41,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, select_block: int, s
     tile_attention[(triton.cdiv(tq, plan.queries), batch * hk, row_tiles)](
         q, k, v, blocks.seen, sharing.base, sharing.members, sharing.common, out, lse, *strides,
         hk, tq, sharing.base.shape[-1], scale, **shape, **_tile(plan.shared, select_block), QUERIES=plan.queries,
-        BY_QUERY=plan.by_query,
+        BY_QUERY=plan.by_query, OFFSET=block_offset_type(select_block, k, v),
     )  # fmt: skip
     if plan.by_query:
         query_attention[(tq, batch * hk, triton.cdiv(hq // hk, plan.rest.rows))](
             q, k, v, blocks.seen, blocks.base, sharing.common, out, lse, *strides,
             hk, tq, sharing.common.shape[-1], scale, QUERIES=plan.queries, N=blocks.base.shape[-1],
-            **shape, **_tile(plan.rest, select_block),
+            OFFSET=block_offset_type(select_block, k, v), **shape, **_tile(plan.rest, select_block),
         )  # fmt: skip
     else:
         _attend_pairs(q, k, v, blocks, sharing, scale, shape, plan.rest, out, lse)
@@ -70,7 +72,8 @@ def _attend_pairs(
     (lanes, tq, n), hk, (tk, dv), group = sharing.rest.shape, k.shape[1], v.shape[2:], shape["G"]
     options = _tile(tile, shape["SELECT"])
     parts, split = options["SUBS"], triton.cdiv(_ROWS_PER_ITEM, group)
-    for span in spans(lanes, tq, n, parts * group * (dv * q.element_size() + 4)):
+    pair_bytes = parts * group * (dv * q.element_size() + 4)
+    for span in spans(lanes, tq, n, pair_bytes, max(PARTIAL_BYTES // 4, PARTIAL_BYTES - 3 * sharing.rest.nbytes)):
         inversion = invert_span(sharing.rest, blocks.rank, span, tk, shape["SELECT"], split)
         part = q.new_empty(span.at_once, span.queries * n * parts * group, dv)
         part_lse = lse.new_empty(part.shape[:-1])
@@ -108,4 +111,10 @@ def offset_type(group: int, *tensors: Tensor) -> tl.dtype:
     for x in tensors:
         _, by_head, by_token, by_dim = x.stride()
         furthest = max(furthest, group * by_head + x.shape[2] * by_token + x.shape[3] * by_dim)
+    return tl.int32 if furthest < 2**31 else tl.int64
+
+
+def block_offset_type(select_block: int, *tensors: Tensor) -> tl.dtype:
+    """The integer that addresses the tokens of one block."""
+    furthest = max(padded(select_block) * x.stride(2) + padded(x.shape[3]) * x.stride(3) for x in tensors)
     return tl.int32 if furthest < 2**31 else tl.int64

@@ -73,11 +73,14 @@ def pair_attention(
     q += batch * stride_qb + head * G * stride_qh + query0.to(tl.int64) * stride_qt
     part_lse += local_lane * (queries * N) * (SUBS * G)
     part += local_lane * (queries * N) * (SUBS * G * DV)
+    ahead = tl.load(pairs + tl.minimum((begin * G + row) // G, end - 1))
     for first in tl.range(begin * G, end * G, ROWS, num_stages=STAGES):
         member = first + row
         member_head = member % G
         row_mask = member < end * G
-        pair = tl.load(pairs + tl.minimum(member // G, end - 1))
+        pair = ahead
+        # A step ahead, so that the loads that depend on it wait for nothing.
+        ahead = tl.load(pairs + tl.minimum((member + ROWS) // G, end - 1))
         query = pair // N
         last = tl.minimum(tl.where(row_mask, tl.load(seen + query), -1), limit - 1) - token
         q_at = query.to(OFFSET) * stride_qt + member_head.to(OFFSET) * stride_qh

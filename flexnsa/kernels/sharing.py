@@ -19,6 +19,8 @@ class Sharing(NamedTuple):
     Attributes:
         base: int32 ``[lanes, tiles, most]``, first token of each common block, in the order of their first choosers.
         members: int32 ``[lanes, tiles, most]``, bit r set where the tile's query r chose it.
+        slots: int64 ``[lanes, tiles, most]``, byte r its place in the list of query r, 255 for none; empty unless asked
+            for, which takes 8 queries at most.
         common: int32 ``[lanes, tiles]``, number of common blocks.
         rest: int32 ``[lanes, tq, n]``, first tokens of each query's other blocks, left-packed, padded with -1.
         rest_count: int32 ``[lanes, tq]``, number of those.
@@ -26,12 +28,13 @@ class Sharing(NamedTuple):
 
     base: Tensor
     members: Tensor
+    slots: Tensor
     common: Tensor
     rest: Tensor
     rest_count: Tensor
 
 
-def share_selection(base: Tensor, queries: int, least: int, worth: float) -> Sharing:
+def share_selection(base: Tensor, queries: int, least: int, worth: float, *, slots: bool) -> Sharing:
     """Divide a selection into what ``least`` or more of each ``queries`` adjacent queries chose, and the rest.
 
     ``base`` int32 [lanes, tq, n] holds first tokens, -1 for none; ``queries`` is at most 32. A tile whose common blocks
@@ -41,19 +44,21 @@ def share_selection(base: Tensor, queries: int, least: int, worth: float) -> Sha
     tiles = triton.cdiv(tq, queries)
     most = max(1, queries * n // least)
     common, members = (base.new_empty(lanes, tiles, most) for _ in range(2))
+    places = torch.empty_like(common if slots else common[..., :0], dtype=torch.int64)
     count, rest, rest_count = base.new_empty(lanes, tiles), torch.empty_like(base), base.new_empty(lanes, tq)
     _divide[(tiles, lanes)](
-        base, common, members, count, rest, rest_count, tq, most, worth,
+        base, common, members, places, count, rest, rest_count, tq, most, worth,
         N=n, N_PAD=triton.next_power_of_2(n), LEAST=least,
-        QUERIES=queries, QUERIES_PAD=triton.next_power_of_2(queries), num_warps=1,
+        QUERIES=queries, QUERIES_PAD=triton.next_power_of_2(queries), SLOTS=slots, num_warps=1,
     )  # fmt: skip
-    return Sharing(common, members, count, rest, rest_count)
+    return Sharing(common, members, places, count, rest, rest_count)
 
 
 @triton.jit(do_not_specialize=["tq", "most"])
 def _divide(
-    base, common, members, count, rest, rest_count, tq, most, worth,
+    base, common, members, slots, count, rest, rest_count, tq, most, worth,
     N: tl.constexpr, N_PAD: tl.constexpr, LEAST: tl.constexpr, QUERIES: tl.constexpr, QUERIES_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
     tile, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tile_at = lane * tl.num_programs(0) + tile
@@ -64,12 +69,16 @@ def _divide(
     inside = (slot < N) & (member < members_here)
     mine = tl.load(base + (first + member) * N + slot, mask=inside, other=-1)
     bits = tl.zeros([QUERIES_PAD * N_PAD], tl.int32)
+    places = tl.zeros([QUERIES_PAD * N_PAD], tl.int64)
     number = tl.zeros([QUERIES_PAD * N_PAD], tl.int32)
     lowest = tl.full([QUERIES_PAD * N_PAD], 32, tl.int32)
     for other in range(members_here):
-        chosen = tl.zeros([QUERIES_PAD * N_PAD], tl.int32)
+        found = tl.full([QUERIES_PAD * N_PAD], 255, tl.int32)
         for other_slot in tl.static_range(N):
-            chosen |= (mine == tl.load(base + (first + other) * N + other_slot)).to(tl.int32)
+            found = tl.where(mine == tl.load(base + (first + other) * N + other_slot), other_slot, found)
+        chosen = (found != 255).to(tl.int32)
+        if SLOTS:
+            places |= found.to(tl.int64) << (8 * other)
         bits |= chosen << other
         number += chosen
         lowest = tl.where((chosen != 0) & (lowest == 32), other, lowest)
@@ -84,6 +93,8 @@ def _divide(
     leads = leads & (place < most)
     tl.store(common + tile_at * most + place, mine, mask=leads)
     tl.store(members + tile_at * most + place, bits, mask=leads)
+    if SLOTS:
+        tl.store(slots + tile_at * most + place, places, mask=leads)
     tl.store(count + tile_at, tl.minimum(tl.sum(leads.to(tl.int32), axis=0), most))
     left = tl.reshape((taken & (number < least)).to(tl.int32), [QUERIES_PAD, N_PAD])
     place = tl.cumsum(left, axis=1) - left

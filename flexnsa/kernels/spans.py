@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import triton
 
-PARTIAL_BYTES = 288 << 20
-"""Most bytes of per-pair results held at once."""
+PARTIAL_BYTES = 416 << 20
+"""Bytes that results of pairs may take, together with the larger of the tables held beside them."""
 
 _SORTED_PAIRS = 4 << 20
 
@@ -37,13 +37,14 @@ class Span(NamedTuple):
                 yield lane, min(self.at_once, self.lanes - lane), chunk
 
 
-def spans(lanes: int, tq: int, n: int, pair_bytes: int) -> Iterator[Span]:
-    """Cover ``lanes`` x ``tq`` queries of ``n`` pairs each, ``pair_bytes`` of results a pair.
+def spans(lanes: int, tq: int, n: int, pair_bytes: int, most_bytes: int) -> Iterator[Span]:
+    """Cover ``lanes`` x ``tq`` queries of ``n`` pairs each, ``pair_bytes`` of results a pair,
+    of which ``most_bytes`` are held at once.
 
     One lane's queries come before more lanes: the more queries that share a block are worked on together, the fewer
     times it is read.
     """
-    most = max(16, PARTIAL_BYTES // (n * pair_bytes))
+    most = max(16, most_bytes // (n * pair_bytes))
     chunks = triton.cdiv(tq, most)
     queries = triton.cdiv(tq, chunks)
     at_once = max(1, min(lanes, most // queries))

@@ -21,6 +21,7 @@ def block_mask(
     heads: int | None = None,
     block_size: int | tuple[int, int] = 128,
     device: torch.device | str = "cpu",
+    repeat: int = 1,
 ) -> BlockMask:
     """FlexAttention's BlockMask from a mask mod's tile geometry, not from its value on q_len x kv_len pairs.
 
@@ -34,9 +35,11 @@ def block_mask(
             another number of heads than 1 or this (CUDA takes `head % rows`, the CPU `head // group`).
         block_size: tokens per tile, one number or (query, key).
         device: where queries and keys are.
+        repeat: batch size of the tables of a pattern that the batch shares. FlexAttention wants as many as queries
+            where one key and value sequence serves them all.
 
     Raises:
-        ValueError: a size below 1, or tables that do not fit the lengths, `batch`, `heads` or `device`.
+        ValueError: a size below 1, or tables that do not fit the lengths, `batch`, `heads`, `device` or `repeat`.
 
     >>> from flexnsa_masks import block_mask, causal
     >>> mask = block_mask(causal(), q_len=256, kv_len=384)
@@ -44,11 +47,15 @@ def block_mask(
     ([[[1, 1]]], [[[0, 1]]])
     """
     q_block, kv_block = (block_size, block_size) if isinstance(block_size, int) else block_size
-    at_least("block_mask", 1, q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
+    at_least("block_mask", 1, q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block, repeat=repeat)
     grid = Grid(q_len, kv_len, q_block, kv_block, torch.device(device))
     some, full = tiles_of(mask_mod, grid)
     _check_rows("batch", some.shape[0], batch)
     _check_rows("heads", some.shape[1], heads)
+    if repeat != 1:
+        _check_rows("batch", some.shape[0], 1)
+        some = some.expand(repeat, -1, -1, -1)
+        full = None if full is None else full.expand(repeat, -1, -1, -1)
     full = None if full is None else some & full & _whole(grid)
     counts, indices, q_counts, q_indices = _tables(some if full is None else some & ~full)
     full_tables = (None,) * 4 if full is None else _tables(full)
@@ -69,7 +76,7 @@ def block_mask(
 
 
 def _check_rows(axis: str, rows: int, size: int | None) -> None:
-    if size is not None and rows not in (1, size):
+    if size is not None and rows != 1 and rows != size:  # not `in`: Dynamo compares symbols by identity there
         raise ValueError(f"block_mask: the mask's tables have {rows} rows along {axis}, expected 1 or {axis}={size}")
 
 

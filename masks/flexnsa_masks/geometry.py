@@ -87,7 +87,7 @@ def with_tiles(mask_mod: MaskMod, tiles: TileGeometry, name: str) -> MaskMod:
     >>> and_masks(causal(), with_tiles(own_half, tiles, "own_half")).__name__
     'and_masks(causal, own_half)'
     """
-    mod = cast(Any, mask_mod)
+    mod: Any = mask_mod
     mod.__name__ = name
     mod.tiles = tiles
     return mask_mod
@@ -133,9 +133,11 @@ def tile_bounds(table: Tensor, tile: int, *, group: int = 1) -> tuple[Tensor, Te
         group: rows that each entry stands for: row r reads entry `r // group`.
     """
     rows = table.to(torch.int64).unsqueeze(-1).expand(-1, -1, group).flatten(1)
-    tail = -rows.shape[1] % tile
-    least = pad(rows, (0, tail), value=FAR).unflatten(1, (-1, tile)).amin(-1)
-    return least, pad(rows, (0, tail), value=-FAR).unflatten(1, (-1, tile)).amax(-1)
+    # Counted as `Grid.shape` counts them: to a compiler, sizes that are equal by other formulas are different ones.
+    count = -(-rows.shape[1] // tile)
+    tail = count * tile - rows.shape[1]
+    least = pad(rows, (0, tail), value=FAR).unflatten(1, (count, tile)).amin(-1)
+    return least, pad(rows, (0, tail), value=-FAR).unflatten(1, (count, tile)).amax(-1)
 
 
 def table_row(batch: Tensor, shared: bool) -> Tensor:

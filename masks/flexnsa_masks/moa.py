@@ -2,9 +2,9 @@
 
 Definition: on N tokens, query q sees key k in head h iff `k <= q` and (`q - k < window[h]` or `k < sinks[h]`), where
 `window[h] = max(1, floor(alpha + beta * N))` with the head's own pair, and likewise for the sinks, from 0. Source: MoA,
-Mixture of Sparse Attention (Fu et al. 2024, arXiv 2406.14909), section 3: the elastic rule. In the paper the span of a
-head follows the rule and the sinks are one block of 64 everywhere, the default here. That the sinks come on top of the
-window is our choice.
+Mixture of Sparse Attention (Fu et al. 2024, arXiv 2406.14909): the elastic rule. The released code
+(github.com/thu-nics/MoA) counts in blocks of 64 tokens; one such block of sinks in every head, and that it comes on top
+of the window, are our choice.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 Definition: query q sees key k in head h iff `k <= q` and, with blocks `i = q // block`, `j = k // block`, either
 `i - j < local_blocks` or `(j + 1 + h * step) % stride == 0`, `step = max(1, stride // heads)`. Source: S2-Attention
-(Lin et al. 2024, arXiv 2407.17678), section 3; the paper leaves the offsets of the shards free and these are the ones
-its released kernels use. The shards cover the context iff there are at least `stride` heads.
+(Lin et al. 2024, arXiv 2407.17678): heads shard the context. The offsets of the shards are those of the mask that its
+released kernels (github.com/linxihui/dkernel) build. They cover the context iff there are at least `stride` heads.
 """
 
 import torch

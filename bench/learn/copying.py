@@ -1,0 +1,65 @@
+"""Copying: a row of random tokens, a separator, and the same tokens again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from bench.learn.rows import cut, row_generator
+from bench.learn.task import IGNORED, Batch
+
+SEPARATOR = 0
+
+
+@dataclass(frozen=True)
+class CopyTask:
+    """The copy task of Graves et al. 2014 (arXiv 1410.5401, section 4.1), over tokens.
+
+    A row of t tokens holds ``t // 2`` random tokens, the separator and their copy, which alone is labelled. A token and
+    its copy are half a row apart, so a window shorter than that sees nothing to copy.
+
+    Args:
+        vocabulary: tokens are drawn from ``[1, vocabulary)``; 0 separates.
+        seed: of all rows.
+    """
+
+    vocabulary: int = 64
+    seed: int = 0
+    name: str = "copy"
+
+    def training(self, step: int, size: int, context: int) -> Batch:
+        """``size`` rows drawn from ``(seed, step)``."""
+        return self.rows(size, context, row_generator(self.seed, "training", step))
+
+    def validation(self, rows: int, size: int, context: int) -> Iterator[Batch]:
+        """``rows`` rows that no training step draws."""
+        return cut(self.rows(rows, context, row_generator(0, "validation")), size)
+
+    def rows(self, size: int, context: int, generator: torch.Generator) -> Batch:
+        """``size`` rows of ``context`` tokens.
+
+        Raises:
+            ValueError: a row is too short to hold a token and its copy.
+        """
+        if context < 3:
+            raise ValueError(f"context: expected at least 3 tokens, got {context}; lengthen --context")
+        length = context // 2
+        told = torch.randint(1, self.vocabulary, (size, length), generator=generator)
+        whole = torch.cat([told, torch.full((size, 1), SEPARATOR), told], dim=1)[:, : context + 1]
+        labels = whole[:, 1:].clone()
+        labels[:, :length] = IGNORED
+        return Batch(whole[:, :-1], labels)
+
+    def prompt(self, tokens: int) -> Int64[Tensor, "1 t"]:
+        """A row of no training step."""
+        return self.rows(1, tokens, row_generator(self.seed, "prompt")).inputs
+
+    def decode(self, tokens: list[int]) -> str:
+        """Token numbers, the separator as a bar."""
+        return " ".join("|" if token == SEPARATOR else str(token) for token in tokens)
+
+    def describe(self) -> dict[str, object]:
+        """The generator's parameters."""
+        return {"vocabulary": self.vocabulary}

@@ -1,0 +1,86 @@
+"""Multi-query associative recall: key-value pairs first, then some of the keys again, each asking for its value."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from bench.learn.rows import cut, row_generator
+from bench.learn.task import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class MQARTask:
+    """MQAR of Arora et al. 2023 (arXiv 2312.04927), all pairs asked once, filler 0 between the questions.
+
+    A row is ``k1 v1 ... kK vK`` and then, in every second place, a key with its value for a label, or filler. How far
+    behind the pairs a key is asked follows a power law: place ``i`` has probability proportional to ``i ** (a - 1)``.
+
+    Args:
+        pairs: K, key-value pairs of a row; a row needs ``4 * pairs`` tokens.
+        vocabulary: V; keys come from ``[1, V / 2)``, values from ``[V / 2, V)``.
+        power: a.
+        seed: of all rows.
+    """
+
+    pairs: int
+    vocabulary: int = 8192
+    power: float = 0.01
+    seed: int = 0
+    name: str = "mqar"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.pairs < self.vocabulary // 2:
+            raise ValueError(
+                f"pairs: expected 1 to {self.vocabulary // 2 - 1} distinct keys of a vocabulary of {self.vocabulary}, "
+                f"got {self.pairs}; lower --pairs"
+            )
+
+    def training(self, step: int, size: int, context: int) -> Batch:
+        """``size`` rows drawn from ``(seed, step)``."""
+        return self.rows(size, context, row_generator(self.seed, "training", step))
+
+    def validation(self, rows: int, size: int, context: int) -> Iterator[Batch]:
+        """``rows`` rows that no training step draws."""
+        return cut(self.rows(rows, context, row_generator(0, "validation")), size)
+
+    def rows(self, size: int, context: int, generator: torch.Generator) -> Batch:
+        """``size`` rows of ``context`` tokens.
+
+        Raises:
+            ValueError: the pairs and their questions do not fit into a row.
+        """
+        told, places = 2 * self.pairs, (context - 2 * self.pairs) // 2
+        if places < self.pairs:
+            raise ValueError(
+                f"context: expected at least {4 * self.pairs} tokens for {self.pairs} pairs and their questions, got "
+                f"{context}; lengthen --context or lower --pairs"
+            )
+        half = self.vocabulary // 2
+        keys = 1 + torch.rand(size, half - 1, generator=generator).topk(self.pairs).indices
+        values = half + torch.rand(size, half, generator=generator).topk(self.pairs).indices
+        inputs = torch.zeros(size, context, dtype=torch.int64)
+        inputs[:, 0:told:2], inputs[:, 1:told:2] = keys, values
+        asked = told + 2 * self._gaps(size, places, generator)
+        labels = torch.full_like(inputs, IGNORED)
+        return Batch(inputs.scatter_(1, asked, keys), labels.scatter_(1, asked, values))
+
+    def _gaps(self, size: int, places: int, generator: torch.Generator) -> Int64[Tensor, "b pairs"]:
+        """Distinct places by the power law, for pair 1 .. K: the largest of Gumbel-perturbed log-probabilities."""
+        log_probability = (self.power - 1) * torch.arange(1, places + 1).log()
+        noise = -torch.empty(size, places).exponential_(generator=generator).log()
+        return (log_probability + noise).topk(self.pairs).indices
+
+    def prompt(self, tokens: int) -> Int64[Tensor, "1 t"]:
+        """A row of no training step."""
+        return self.rows(1, tokens, row_generator(self.seed, "prompt")).inputs
+
+    def decode(self, tokens: list[int]) -> str:
+        """Token numbers, filler as a dot."""
+        return " ".join(str(token) if token else "." for token in tokens)
+
+    def describe(self) -> dict[str, object]:
+        """The generator's parameters."""
+        return {"pairs": self.pairs, "vocabulary": self.vocabulary, "power": self.power}

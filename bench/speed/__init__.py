@@ -1,0 +1,1 @@
+"""How fast: whole NSA beside dense attention and beside others' NSA, stage by stage, over lengths."""

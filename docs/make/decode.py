@@ -1,0 +1,13 @@
+"""The table of a decoding step's time, from what ``python -m bench decode`` recorded."""
+
+import json
+from pathlib import Path
+
+from bench.decode import report
+
+RESULT = Path(__file__).parents[2] / "bench/results/decode/h200.json"
+
+
+def table() -> str:
+    """A row for each case: microseconds, and how much faster than dense."""
+    return report.table(json.loads(RESULT.read_text())["rows"])

@@ -1,0 +1,67 @@
+"""The tables and pictures of the page on speed, from the files in bench/results/speed."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bench.speed import pictures, report
+
+RESULTS = Path(__file__).parents[2] / "bench/results/speed"
+DEVICES = ("h200",)
+MISSING = "\n\nNot in this run: "
+
+
+def result(device: str) -> Mapping[str, Any]:
+    """What was measured on a device."""
+    return json.loads((RESULTS / f"{device}.json").read_text())
+
+
+def where(device: str) -> str:
+    """The device, the versions and the ceiling, in a sentence."""
+    found = result(device)
+    return (
+        f"{found['device']}, torch {found['torch']}, triton {found['triton']}, {found['dtype']}, {found['date'][:10]}; "
+        f"a large matrix product ran at {found['ceiling_tflops']:.0f} TFLOP/s."
+    )
+
+
+def times(device: str) -> str:
+    """Whole calls of every case."""
+    rows = result(device)["rows"]
+    parts = [f"**{case}**\n\n{report.times_table(rows, case)}" for case in measured(device)]
+    missing = "; ".join(f"{row['case']} by {row['engine']} ({row['missing']})" for row in rows if "missing" in row)
+    return "\n\n".join(parts) + (MISSING + missing + "." if missing else "")
+
+
+def stages(device: str) -> str:
+    """The stages of every case that was broken down."""
+    rows = result(device)["rows"]
+    found = [case for case in measured(device) if report.stage_rows(rows, case)]
+    return "\n\n".join(f"**{case}**\n\n{report.stages_table(rows, case)}" for case in found)
+
+
+def growth(device: str) -> str:
+    """The fitted terms of every case with lengths enough."""
+    rows = result(device)["rows"]
+    tables = [report.growth_table(rows, case) for case in measured(device)]
+    return "\n\n".join(table for table in tables if table is not None)
+
+
+def measured(device: str) -> list[str]:
+    """Cases of which some whole call was timed."""
+    rows = result(device)["rows"]
+    return [case for case in report.case_names(rows) if report.whole(rows, case)]
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    f"speed {name} {device}": (lambda make=make, device=device: make(device))
+    for name, make in (("where", where), ("times", times), ("stages", stages), ("growth", growth))
+    for device in DEVICES
+}
+PICTURES: Mapping[str, Callable[[], Figure]] = {
+    f"speed-{device}": (lambda device=device: pictures.figure(result(device)["rows"], measured(device)[0]))
+    for device in DEVICES
+}

@@ -1,0 +1,194 @@
+"""A decoding step over pages as one opaque operator: three or four launches, grids fixed by shapes, no host waits."""
+
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from flexnsa.config import NSAConfig
+from flexnsa.kernels.configs import padded, shared_memory
+from flexnsa.kernels.decode_steps import add_selected, attend_selected, attend_static, select
+from flexnsa.kernels.scoring import LOG2E
+from flexnsa.pages import PagedKV, Pages
+
+PROGRAMS = 1024
+"""Programs that fill a large device several times over, but whose partial results are small beside what they read."""
+
+
+class Plan(NamedTuple):
+    """How a step is divided: decided by shapes, never by lengths.
+
+    Attributes:
+        blocks: selection blocks whose compressed tokens are a tile.
+        keys: raw tokens of a tile.
+        stages: tiles in flight and the one that is worked on.
+        run: tiles of compressed tokens whose shares in the importance a program sums over the heads.
+        compressed: programs that share a lane's compressed tokens.
+        window: programs that share a lane's window.
+        selected: programs that share a lane's selected blocks; one alone also writes the output.
+        rows: heads that a program merges.
+        at_once: partial results of each that it holds at once.
+    """
+
+    blocks: int
+    keys: int
+    stages: int
+    run: int
+    compressed: int
+    window: int
+    selected: int
+    rows: int
+    at_once: int
+
+
+def plan_step(lanes: int, blocks: int, config: NSAConfig, row_bytes: int, group: int, limit: int) -> Plan:
+    """The division of a step over ``lanes`` sequences times KV heads whose tables name ``blocks`` selection blocks.
+
+    ``row_bytes`` are those of a key and its value; ``limit`` is the shared memory that a program may take. Three
+    programs share a multiprocessor where they fit.
+    """
+    widest = 64
+    while widest > 16 and 2 * widest * row_bytes > limit // 3:
+        widest //= 2
+    stages = max(1, min(3, 1 + limit // 3 // (widest * row_bytes)))
+    residues = _power(config.select_block // config.compress_stride)
+    tile = max(1, widest // residues, 16 // residues)
+    keys = min(widest, padded(config.select_block))
+    compressed = max(1, min(PROGRAMS // lanes, triton.cdiv(blocks, tile), 32))
+    window = 1 if lanes >= 256 else max(1, min(PROGRAMS // 2 // lanes, config.window // keys, 16))
+    selected = 1 if lanes >= 64 else max(1, min(256 // lanes, config.num_selected, 32))
+    rows = min(_power(group), max(1, 16 // _power(max(compressed, window))))
+    run = max(1, (64 if lanes < 64 else 128) // tile)
+    return Plan(tile, keys, stages, run, compressed, window, selected, rows, 16)
+
+
+def paged_step(
+    q: Tensor, gates: Tensor, pages: PagedKV, lengths: Tensor, out: Tensor, config: NSAConfig, *, scale: float
+) -> Tensor:
+    """Write a step's output to ``out``; the selected blocks, int32 [b, hk, 1, n].
+
+    Args:
+        q: float16, bfloat16 or float32 [b, hq, 1, d], any strides.
+        gates: [b, hq, 1, 3].
+        pages: keys and values of q's dtype.
+        lengths: [b], the query's own token included.
+        out: [b, hq, 1, dv] of q's dtype, any strides.
+        config: the geometry.
+        scale: softmax scale.
+    """
+    geometry = list(asdict(config).values())
+    tensors = [x for part in pages for x in part]
+    return _paged_step(q, gates, *tensors, lengths.contiguous(), out, geometry, scale)
+
+
+@torch.library.custom_op("flexnsa::paged_step", mutates_args=("out",))
+def _paged_step(
+    q: Tensor,
+    gates: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    cmp_table: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    win_table: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    geometry: list[int],
+    scale: float,
+) -> Tensor:
+    config = NSAConfig(*geometry)
+    parts = ((k_cmp, v_cmp, cmp_table), (k, v, table), (k_win, v_win, win_table))
+    pages = PagedKV(*(Pages(_computable(k), _computable(v), _rows(table)) for k, v, table in parts))
+    with torch.cuda.device_of(q):
+        return run_step(_computable(q), gates, pages, lengths, out, config, scale)
+
+
+@_paged_step.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, gates, k_cmp, v_cmp, cmp_table, k, v, table, k_win, v_win, win_table, lengths, out, geometry, scale
+):
+    num_selected = geometry[list(NSAConfig.__dataclass_fields__).index("num_selected")]
+    return q.new_empty(q.shape[0], k.shape[1], 1, num_selected, dtype=torch.int32)
+
+
+def _computable(x: Tensor) -> Tensor:
+    """``x``, widened on a CPU: Triton's interpreter multiplies bfloat16 matrices as integers."""
+    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+
+
+def _rows(table: Tensor) -> Tensor:
+    return table if table.stride(1) == 1 else table.contiguous()
+
+
+def run_step(
+    q: Tensor, gates: Tensor, pages: PagedKV, lengths: Tensor, out: Tensor, config: NSAConfig, scale: float
+) -> Tensor:
+    """Launch a step; the output goes to ``out``, the indices [b, hk, 1, n] are returned."""
+    (batch, hq, _, d), (_, heads, _, dv) = q.shape, pages.selected.v.shape
+    group, lanes, capacity = hq // heads, batch * heads, pages.capacity(config)
+    blocks, slots = config.num_blocks(capacity), max(16, _power(config.num_selected))
+    row_bytes = (padded(d) + padded(dv)) * q.element_size()
+    plan = plan_step(lanes, blocks, config, row_bytes, group, shared_memory(q.device))
+    tiles, runs, merges = (
+        triton.cdiv(*x) for x in ((blocks, plan.blocks), (blocks, plan.run * plan.blocks), (group, plan.rows))
+    )
+    pitch = triton.cdiv(tiles * plan.blocks, 16) * 16
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(lanes, *shape, dtype=dtype, device=q.device)
+
+    arguments: dict[str, Any] = {
+        "q": q, "lengths": lengths, "gates": gates, "out": out, "scale_log2": scale * LOG2E.value,
+        "indices": scratch(config.num_selected, dtype=torch.int32), "arrived": scratch(dtype=torch.int32),
+        "mixed": scratch(group, dv), "importance": scratch(pitch),
+        "sums": scratch(pitch, 2), "shares": scratch(group, pitch, 2),
+        "tile_peaks": scratch(group, tiles), "pitch": pitch, "tiles_pitch": tiles, "heads": heads, "capacity": capacity,
+        "imp_programs": runs, "G": group, "HEADS": padded(group), "D": d, "DV": dv, "D_PAD": padded(d),
+        "DV_PAD": padded(dv), "BLOCKS": plan.blocks, "RESIDUES": _power(config.select_block // config.compress_stride),
+        "KEYS": plan.keys, "N": slots, "S": max(slots, 32, _power(blocks)), "TILES": plan.run,
+        "WIN_BLOCKS": _power(triton.cdiv(config.window - 1, config.select_block) + 1), "ALONE": plan.selected == 1,
+        "ROWS": plan.rows, "AT_ONCE": plan.at_once, "STAGES": plan.stages,
+        # Compressed keys wait for their page's number, which is therefore looked up as much earlier.
+        "LATER_STAGES": 2 * plan.stages - 1, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    arguments |= {name.upper(): value for name, value in asdict(config).items()}
+    arguments |= _strides("q", q, "batch head _ dim") | _strides("out", out, "batch head _ dim")
+    arguments |= _strides("gate", gates, "batch head _ branch")
+    for name, programs in (("cmp", plan.compressed), ("win", plan.window), ("slc", plan.selected)):
+        arguments |= {f"{name}_programs": programs, f"{name.upper()}_MOST": _power(programs)}
+        arguments |= {f"{name}_{of}": scratch(group, programs) for of in ("peaks", "totals")}
+        arguments[f"{name}_part"] = scratch(group, programs, dv)
+
+    window = _reading(pages.window, "win_")
+    _launch(attend_static, (plan.compressed + plan.window, lanes), arguments | _reading(pages.compressed) | window)
+    _launch(select, (lanes, runs + merges), arguments)
+    _launch(attend_selected, (plan.selected, lanes), arguments | _reading(pages.selected))
+    if plan.selected > 1:
+        _launch(add_selected, (merges, lanes), arguments)
+    return arguments["indices"].view(batch, heads, 1, -1)
+
+
+def _launch(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
+    """Run a kernel on those of the arguments that it names."""
+    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=4)
+
+
+def _reading(pages: Pages, prefix: str = "") -> dict[str, Any]:
+    """A branch's keys and values as a kernel takes them."""
+    (k, v, table), axes = pages, "page head place dim"
+    found = {"k": k, "v": v, "table": table, "table_row": table.stride(0), "num_pages": k.shape[0]}
+    found |= _strides("k", k, axes) | _strides("v", v, axes)
+    return {f"{prefix}{name}": value for name, value in found.items()} | {f"{prefix.upper()}PAGE": k.shape[2]}
+
+
+def _strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
+    return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(axes.split())}
+
+
+def _power(x: int) -> int:
+    return triton.next_power_of_2(x)

@@ -1,0 +1,285 @@
+"""The launches of a decoding step: compressed and window attention, selection, selected attention, and a merge.
+
+A lane is one sequence and KV head; its g query heads are the rows of every tile. Grids depend on shapes alone:
+programs share the work of a sequence as its length says, and those that get none leave at once.
+"""
+
+import triton
+import triton.language as tl
+
+from flexnsa.kernels.decode_parts import (
+    NOTHING,
+    attend,
+    attend_blocks,
+    compressed_blocks,
+    divided,
+    load_gates,
+    load_queries,
+    load_rows,
+    locate,
+    merge_parts,
+    num_compressed,
+    power_of_two,
+    programs_used,
+    sequence_length,
+    share,
+    softmax_of_parts,
+    store_output,
+    store_part,
+    window_tiles,
+)
+from flexnsa.kernels.topn import _choose
+
+_SIZES = ["capacity", "num_pages", "win_num_pages", "tiles_pitch", "table_row", "win_table_row",
+          "imp_programs", "cmp_programs", "win_programs", "slc_programs"]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attend_static(
+    q, k, v, table, win_k, win_v, win_table, lengths, cmp_part, cmp_peaks, cmp_totals, win_part, win_peaks, win_totals,
+    shares, tile_peaks, arrived, scale_log2, q_batch, q_head, q_dim,
+    k_page, k_head, k_place, k_dim, v_page, v_head, v_place, v_dim, table_row, num_pages,
+    win_k_page, win_k_head, win_k_place, win_k_dim, win_v_page, win_v_head, win_v_place, win_v_dim, win_table_row,
+    win_num_pages, heads, capacity, cmp_programs, win_programs, pitch, tiles_pitch,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    COMPRESS_BLOCK: tl.constexpr, COMPRESS_STRIDE: tl.constexpr, SELECT_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    PAGE: tl.constexpr, WIN_PAGE: tl.constexpr, WIN_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    RESIDUES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, LATER_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What no selection decides: the first programs of a lane attend to compressed tokens, the others to the window.
+
+    A tile of compressed tokens are those that end in BLOCKS adjacent blocks. `shares` [lanes, G, pitch, 2] are what
+    a block's tokens add to its importance and, for tokens that begin before it, to that of the block before; over
+    2 ** `tile_peaks` [lanes, G, tiles_pitch].
+    """
+    program, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, kv_head = lane // heads, lane % heads
+    length = sequence_length(lengths, batch, capacity)
+    if program < cmp_programs:
+        if program == 0:
+            tl.store(arrived + lane, 0)
+        RATIO: tl.constexpr = SELECT_BLOCK // COMPRESS_STRIDE
+        OVERLAP: tl.constexpr = COMPRESS_BLOCK // COMPRESS_STRIDE
+        count = num_compressed(length, COMPRESS_BLOCK, COMPRESS_STRIDE)
+        tiles = (compressed_blocks(count, RATIO, OVERLAP) + BLOCKS - 1) // BLOCKS
+        first, last = share(tiles, cmp_programs, program)
+        if first < last:
+            q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
+            peak = tl.full([HEADS], NOTHING, tl.float32)
+            total = tl.zeros([HEADS, BLOCKS * RESIDUES], tl.float32)
+            out = tl.zeros([HEADS, DV_PAD], tl.float32)
+            row = tl.arange(0, BLOCKS * RESIDUES)
+            lane_head = lane * G + tl.arange(0, HEADS)
+            is_head = tl.arange(0, HEADS) < G
+            within = (row // RESIDUES) * RATIO + row % RESIDUES
+            residue = tl.arange(0, RESIDUES)[None, None, :]
+            # Tokens that a compressed token shares with the block in which it ends, in strides.
+            own = tl.minimum(residue + 1, OVERLAP)
+            for tile in tl.range(first, last, num_stages=LATER_STAGES):
+                begin = tile * (BLOCKS * RATIO)
+                slot = begin + within
+                token = slot - (OVERLAP - 1)
+                inside = (token >= 0) & (token < count)
+                if RESIDUES != RATIO:
+                    inside = inside & (row % RESIDUES < RATIO)
+                if PAGE % (BLOCKS * RATIO) == 0:
+                    page = tl.load(table + batch * table_row + begin // PAGE)
+                    place = begin % PAGE + within
+                    mapped = inside & (token < tl.where((page >= 0) & (page < num_pages), count, 0))
+                else:
+                    page = locate(table + batch * table_row, slot, inside, num_pages, PAGE)
+                    place = slot % PAGE
+                    mapped = page >= 0
+                k_rows = load_rows(k + kv_head * k_head, page, place, mapped, k_page, k_place, k_dim, D, D_PAD)
+                v_rows = load_rows(v + kv_head * v_head, page, place, mapped, v_page, v_place, v_dim, DV, DV_PAD)
+                weights, peak, total, out = attend(
+                    q_rows, k_rows, v_rows, inside, scale_log2, peak, total, out, PRECISION
+                )
+                weights = tl.reshape(weights, [HEADS, BLOCKS, RESIDUES])
+                if OVERLAP == 2:
+                    # The one token in two blocks counts once in each, and is added to both in the same way.
+                    here = tl.sum(tl.where(own == 2, weights * 2, 0.0), axis=2)
+                    before = tl.sum(tl.where(own == 1, weights, 0.0), axis=2)
+                else:
+                    here = tl.sum(weights * own.to(tl.float32), axis=2)
+                    before = tl.sum(weights * (OVERLAP - own).to(tl.float32), axis=2)
+                block = tile * BLOCKS + tl.arange(0, BLOCKS)
+                at = (lane_head[:, None] * pitch + block[None, :])[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+                tl.store(shares + at, tl.join(here, before), mask=is_head[:, None, None])
+                tl.store(tile_peaks + lane_head * tiles_pitch + tile, peak, mask=is_head)
+            store_part(cmp_part, cmp_peaks, cmp_totals, lane, program, cmp_programs, peak, tl.sum(total, axis=1), out,
+                       G, HEADS, DV, DV_PAD)  # fmt: skip
+    else:
+        program -= cmp_programs
+        low = tl.maximum(length - WINDOW, 0)
+        first, last = share(window_tiles(length, WINDOW, SELECT_BLOCK, KEYS), win_programs, program)
+        if first < last:
+            q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
+            blocks = low // SELECT_BLOCK + tl.arange(0, WIN_BLOCKS)
+            at = blocks * SELECT_BLOCK
+            found = locate(win_table + batch * win_table_row, at, at < length, win_num_pages, WIN_PAGE)
+            peak, total, out = attend_blocks(
+                q_rows, win_k + kv_head * win_k_head, win_v + kv_head * win_v_head, blocks, found, first, last, low,
+                length, scale_log2, win_k_page, win_k_place, win_k_dim, win_v_page, win_v_place, win_v_dim,
+                WIN_BLOCKS, HEADS, D, DV, D_PAD, DV_PAD, SELECT_BLOCK, WIN_PAGE, KEYS, STAGES, PRECISION,
+            )  # fmt: skip
+            store_part(win_part, win_peaks, win_totals, lane, program, win_programs, peak, total, out, G, HEADS, DV,
+                       DV_PAD)  # fmt: skip
+
+
+@triton.jit
+def _sum_heads(
+    shares, tile_peaks, cmp_peaks, cmp_totals, sums, lane, first, tiles, used, cmp_programs, pitch, tiles_pitch,
+    G: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, CMP_MOST: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Write `sums` [lanes, pitch, 2]: the shares of a run of tiles as probabilities, summed over the heads."""
+    head, tile, column = tl.arange(0, HEADS), first + tl.arange(0, TILES), tl.arange(0, 2 * BLOCKS)
+    lane_head = lane * G + head
+    top, total = softmax_of_parts(cmp_peaks, cmp_totals, lane_head, head < G, used, cmp_programs, CMP_MOST)
+    mask = (head < G)[:, None] & (tile < tiles)[None, :]
+    peak = tl.load(tile_peaks + lane_head[:, None] * tiles_pitch + tile[None, :], mask=mask, other=NOTHING)
+    # Scaled by 2 ** 64, which changes no order, so that blocks of probability 1e-45 still compare.
+    scale = power_of_two(peak - top[:, None] + 64.0) * (1.0 / tl.where(head < G, total, 1.0))[:, None]
+    # Whole tiles are read and written, and so the accesses are wide.
+    at = tile[:, None] * (2 * BLOCKS) + column[None, :]
+    found = tl.load(shares + (lane_head * pitch * 2)[:, None, None] + at[None, :, :], mask=mask[:, :, None], other=0.0)
+    found = tl.sum(found * scale[:, :, None], axis=0)
+    tl.store(sums + lane * pitch * 2 + at, found, mask=(tile < tiles)[:, None])
+
+
+@triton.jit
+def _add_shares(sums, importance, lane, touched, pitch, OVERLAP: tl.constexpr, S: tl.constexpr):
+    """Write `importance` [lanes, pitch]: what each block's tokens add to it, and what the next one's do."""
+    block = tl.arange(0, S)
+    at, mask = sums + (lane * pitch + block) * 2, block < touched
+    found = tl.load(at, mask=mask, other=0.0)
+    if OVERLAP > 1:
+        reach = tl.load(at + 3, mask=block + 1 < touched, other=0.0)
+        if OVERLAP == 2:
+            reach += tl.load(at + 1, mask=mask, other=0.0)
+        found += reach
+    tl.store(importance + lane * pitch + block, found, mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def select(
+    lengths, cmp_part, cmp_peaks, cmp_totals, win_part, win_peaks, win_totals, shares, tile_peaks, arrived, sums,
+    importance, indices, gates, mixed, gate_batch, gate_head, gate_branch,
+    heads, capacity, imp_programs, cmp_programs, win_programs, pitch, tiles_pitch,
+    G: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, DV_PAD: tl.constexpr,
+    COMPRESS_BLOCK: tl.constexpr, COMPRESS_STRIDE: tl.constexpr, SELECT_BLOCK: tl.constexpr,
+    NUM_SELECTED: tl.constexpr, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, CMP_MOST: tl.constexpr, WIN_MOST: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Importance, a run of tiles to a program, the last of which chooses; others merge the static branches meanwhile.
+
+    `mixed` float32 [lanes, G, DV] is the sum of gate times output over the compressed and the window branch.
+    """
+    lane, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, kv_head = lane // heads, lane % heads
+    length = sequence_length(lengths, batch, capacity)
+    RATIO: tl.constexpr = SELECT_BLOCK // COMPRESS_STRIDE
+    OVERLAP: tl.constexpr = COMPRESS_BLOCK // COMPRESS_STRIDE
+    count = num_compressed(length, COMPRESS_BLOCK, COMPRESS_STRIDE)
+    touched = compressed_blocks(count, RATIO, OVERLAP)
+    cmp_used = programs_used((touched + BLOCKS - 1) // BLOCKS, cmp_programs)
+    if program < imp_programs:
+        tiles = (touched + BLOCKS - 1) // BLOCKS
+        if program * TILES < tiles:
+            _sum_heads(shares, tile_peaks, cmp_peaks, cmp_totals, sums, lane, program * TILES, tiles, cmp_used,
+                       cmp_programs, pitch, tiles_pitch, G, HEADS, BLOCKS, CMP_MOST, TILES)  # fmt: skip
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + lane, 1, sem="acq_rel") == imp_programs - 1:
+            _add_shares(sums, importance, lane, touched, pitch, OVERLAP, S)
+            tl.debug_barrier()
+            one = tl.zeros([1, 1], tl.int32)
+            current = (length + SELECT_BLOCK - 1) // SELECT_BLOCK - 1
+            _choose(importance + lane * pitch + one, indices + lane * NUM_SELECTED + one, current + one, touched + one,
+                    NUM_SELECTED, NUM_INITIAL, NUM_LOCAL, S, N, 1)  # fmt: skip
+    else:
+        head = (program - imp_programs) * ROWS + tl.arange(0, ROWS)
+        at, is_head = lane * G + head, head < G
+        compressed = merge_parts(
+            cmp_part, cmp_peaks, cmp_totals, at, is_head, cmp_used, cmp_programs, CMP_MOST, AT_ONCE, ROWS, DV, DV_PAD
+        )
+        used = programs_used(window_tiles(length, WINDOW, SELECT_BLOCK, KEYS), win_programs)
+        window = merge_parts(
+            win_part, win_peaks, win_totals, at, is_head, used, win_programs, WIN_MOST, AT_ONCE, ROWS, DV, DV_PAD
+        )
+        gates += batch * gate_batch + kv_head * G * gate_head
+        value = load_gates(gates, gate_head, head, tl.where(count > 0, G, 0)) * compressed
+        value += load_gates(gates + 2 * gate_branch, gate_head, head, tl.where(length > 0, G, 0)) * window
+        store_output(mixed + lane * G * DV, value, DV, 1, head, G, DV, DV_PAD)
+
+
+@triton.jit
+def _load_mixed(mixed, lane, head, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr):
+    dim = tl.arange(0, DV_PAD)
+    mask = (head < G)[:, None] & (dim < DV)[None, :]
+    return tl.load(mixed + (lane * G + head)[:, None] * DV + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attend_selected(
+    q, k, v, table, lengths, indices, slc_part, slc_peaks, slc_totals, mixed, gates, out, scale_log2,
+    q_batch, q_head, q_dim, k_page, k_head, k_place, k_dim, v_page, v_head, v_place, v_dim, table_row, num_pages,
+    gate_batch, gate_head, gate_branch, out_batch, out_head, out_dim, heads, capacity, slc_programs,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr, NUM_SELECTED: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr,
+    ALONE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention to a run of the selected blocks; a program that is a lane's only one adds the other branches, too."""
+    program, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, kv_head = lane // heads, lane % heads
+    length = sequence_length(lengths, batch, capacity)
+    SUBS: tl.constexpr = (SELECT_BLOCK + KEYS - 1) // KEYS
+    chosen = tl.minimum((length + SELECT_BLOCK - 1) // SELECT_BLOCK, NUM_SELECTED)
+    first, last = share(chosen * SUBS, slc_programs, program)
+    if ALONE or first < last:
+        q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
+        entry = tl.arange(0, N)
+        blocks = tl.load(indices + lane * NUM_SELECTED + entry, mask=entry < chosen, other=-1)
+        at = blocks * SELECT_BLOCK
+        found = locate(table + batch * table_row, at, (blocks >= 0) & (at < length), num_pages, PAGE)
+        peak, total, value = attend_blocks(
+            q_rows, k + kv_head * k_head, v + kv_head * v_head, blocks, found, first, last, 0, length, scale_log2,
+            k_page, k_place, k_dim, v_page, v_place, v_dim,
+            N, HEADS, D, DV, D_PAD, DV_PAD, SELECT_BLOCK, PAGE, KEYS, STAGES, PRECISION,
+        )  # fmt: skip
+        if ALONE:
+            head = tl.arange(0, HEADS)
+            gates += batch * gate_batch + kv_head * G * gate_head + gate_branch
+            value = load_gates(gates, gate_head, head, tl.where(length > 0, G, 0)) * divided(value, total)
+            value += _load_mixed(mixed, lane, head, G, DV, DV_PAD)
+            out += batch * out_batch + kv_head * G * out_head
+            store_output(out, value, out_head, out_dim, head, G, DV, DV_PAD)
+        else:
+            store_part(slc_part, slc_peaks, slc_totals, lane, program, slc_programs, peak, total, value, G, HEADS, DV,
+                       DV_PAD)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def add_selected(
+    lengths, slc_part, slc_peaks, slc_totals, mixed, gates, out,
+    gate_batch, gate_head, gate_branch, out_batch, out_head, out_dim, heads, capacity, slc_programs,
+    G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, SELECT_BLOCK: tl.constexpr, NUM_SELECTED: tl.constexpr,
+    KEYS: tl.constexpr, SLC_MOST: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """The step's output: the static branches, mixed before, and the gate times the selected branch's merged parts."""
+    lane = tl.program_id(1).to(tl.int64)
+    batch, kv_head = lane // heads, lane % heads
+    length = sequence_length(lengths, batch, capacity)
+    head = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    SUBS: tl.constexpr = (SELECT_BLOCK + KEYS - 1) // KEYS
+    chosen = tl.minimum((length + SELECT_BLOCK - 1) // SELECT_BLOCK, NUM_SELECTED)
+    used = programs_used(chosen * SUBS, slc_programs)
+    selected = merge_parts(
+        slc_part, slc_peaks, slc_totals, lane * G + head, head < G, used, slc_programs, SLC_MOST, AT_ONCE, ROWS, DV,
+        DV_PAD,
+    )  # fmt: skip
+    gates += batch * gate_batch + kv_head * G * gate_head + gate_branch
+    value = load_gates(gates, gate_head, head, tl.where(length > 0, G, 0)) * selected
+    value += _load_mixed(mixed, lane, head, G, DV, DV_PAD)
+    store_output(out + batch * out_batch + kv_head * G * out_head, value, out_head, out_dim, head, G, DV, DV_PAD)

@@ -1,0 +1,78 @@
+"""Processes joined by gloo, each of which runs the same checks and writes how each of them ended.
+
+One Python process imports everything and is forked into the ranks: on a busy machine imports take most of the time.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PASSED = "passed"
+NOT_REACHED = "not reached, since a check before it failed"
+PATIENCE = timedelta(seconds=60)
+"""How long a rank waits in a collective that the others do not enter."""
+
+Outcomes = dict[str, list[str]]
+"""How each check ended on each rank, by its name."""
+
+
+def run_on_ranks(script: Path, names: Mapping[int, Sequence[str]], folder: Path, seconds: float) -> dict[int, Outcomes]:
+    """By number of ranks how each of the named checks of `script` ended; all are killed after `seconds`."""
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [sys.executable, script, folder, json.dumps(names)], env=os.environ | settings, start_new_session=True
+    )
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return {count: _outcomes(folder / str(count), count, checks) for count, checks in names.items()}
+
+
+def _outcomes(folder: Path, count: int, names: Sequence[str]) -> Outcomes:
+    paths = [folder / f"{rank}.json" for rank in range(count)]
+    found = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+    return {name: [outcomes.get(name, NOT_REACHED) for outcomes in found] for name in names}
+
+
+def main(checks: Mapping[int, Mapping[str, Callable[[], None]]], arguments: Sequence[str]) -> None:
+    """What a script of checks does when it is run, with its checks by number of ranks and name."""
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+    for count, names in json.loads(arguments[1]).items():
+        folder = Path(arguments[0]) / count
+        folder.mkdir()
+        chosen = {name: checks[int(count)][name] for name in names}
+        ranks = [fork.Process(target=_be_a_rank, args=(rank, int(count), folder, chosen)) for rank in range(int(count))]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+
+
+def _be_a_rank(rank: int, count: int, folder: Path, checks: Mapping[str, Callable[[], None]]) -> None:
+    """Join the others and run the checks, up to the first that fails: after it the ranks may be out of step."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=PATIENCE)
+    outcomes: dict[str, str] = {}
+    for name, check in checks.items():
+        try:
+            check()
+            outcomes[name] = PASSED
+        except BaseException:
+            outcomes[name] = traceback.format_exc()
+        (folder / f"{rank}.json").write_text(json.dumps(outcomes))
+        if outcomes[name] != PASSED:
+            # Without goodbye: the others then fail at once instead of waiting.
+            os._exit(1)
+    dist.destroy_process_group()

@@ -1,0 +1,79 @@
+"""The synthetic tasks: rows that can be solved, in one way only, by looking where the task says."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.learn.copying import SEPARATOR, CopyTask
+from bench.learn.mqar import MQARTask
+from bench.learn.passkey import FIRST_FILLER, KEY, QUESTION, PasskeyTask
+from bench.learn.task import IGNORED
+
+TASKS = (MQARTask(pairs=4, vocabulary=64), CopyTask(), PasskeyTask())
+tasks = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+
+
+@tasks
+def test_rows_follow_from_seed_and_step_alone(task):
+    first, again = (task.training(3, 2, 40) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
+    assert not torch.equal(first.inputs, task.training(4, 2, 40).inputs)
+    assert not torch.equal(first.inputs, type(task)(**vars(task) | {"seed": 1}).training(3, 2, 40).inputs)
+    held_out = torch.cat([batch.inputs for batch in task.validation(5, 2, 40)])
+    assert held_out.shape == (5, 40) and task.prompt(40).shape == (1, 40)
+    assert held_out.max() < task.vocabulary and first.inputs.max() < task.vocabulary
+
+
+@given(st.integers(1, 9), st.integers(0, 30), st.integers(0, 1000))
+def test_mqar_asks_each_pair_once(pairs, spare, step):
+    task = MQARTask(pairs=pairs, vocabulary=48)
+    batch = task.training(step, 3, 4 * pairs + spare)
+    for row, labels in zip(batch.inputs.tolist(), batch.labels.tolist(), strict=True):
+        told = dict(zip(row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2], strict=True))
+        assert len(told) == pairs and all(1 <= key < 24 <= value < 48 for key, value in told.items())
+        asked = {i: label for i, label in enumerate(labels) if label != IGNORED}
+        assert sorted(row[i] for i in asked) == sorted(told) and min(asked) >= 2 * pairs
+        assert all(label == told[row[i]] for i, label in asked.items())
+        assert all(token == 0 for i, token in enumerate(row) if i >= 2 * pairs and i not in asked)
+
+
+def test_mqar_asks_near_the_pairs_more_often():
+    batch = MQARTask(pairs=1).training(0, 4000, 402)
+    gap = ((batch.labels != IGNORED).int().argmax(1) - 2) // 2
+    weights = torch.arange(1, 201, dtype=torch.float64) ** (0.01 - 1)
+    expected = weights[0] / weights.sum()
+    assert (gap == 0).double().mean().item() == pytest.approx(expected.item(), rel=0.1)
+    assert gap.max() > 150
+
+
+@given(st.integers(3, 60), st.integers(0, 1000))
+def test_a_copy_repeats_the_row(tokens, step):
+    batch = CopyTask().training(step, 2, tokens)
+    length = tokens // 2
+    assert (batch.inputs[:, length] == SEPARATOR).all() and (batch.inputs[:, :length] > SEPARATOR).all()
+    assert (batch.labels[:, :length] == IGNORED).all()
+    asked = batch.labels[:, length:]
+    assert torch.equal(asked[:, :length], batch.inputs[:, : asked.shape[1]][:, :length])
+
+
+@given(st.floats(0, 1), st.integers(11, 80))
+def test_the_passkey_lies_at_its_depth(depth, tokens):
+    task = PasskeyTask()
+    batch = task.at_depth(depth, 2, tokens)
+    place = round(depth * (tokens - 11))
+    assert (batch.inputs[:, place] == KEY).all() and (batch.inputs[:, -5] == QUESTION).all()
+    assert torch.equal(batch.labels[:, -5:], batch.inputs[:, place + 1 : place + 6])
+    assert (batch.labels[:, :-5] == IGNORED).all()
+    assert (batch.inputs >= FIRST_FILLER).sum() == 2 * (tokens - 11)
+
+
+def test_rows_too_short_are_refused():
+    with pytest.raises(ValueError, match="at least 16 tokens for 4 pairs"):
+        MQARTask(pairs=4).training(0, 1, 15)
+    with pytest.raises(ValueError, match="pairs: expected 1 to 3"):
+        MQARTask(pairs=4, vocabulary=8)
+    with pytest.raises(ValueError, match="at least 11 tokens"):
+        PasskeyTask().training(0, 1, 10)
+    with pytest.raises(ValueError, match="at least 3 tokens"):
+        CopyTask().training(0, 1, 2)

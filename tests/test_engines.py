@@ -1,0 +1,43 @@
+"""Which engine runs a call, asked with tensors that have a device and a dtype and no memory."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flexnsa import engines, explain
+
+
+def chosen(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, dim: int = 64, **options: object) -> list[str]:
+    with FakeTensorMode():
+        return [choice.engine for choice in explain(torch.empty(1, 4, 8, dim, device=device, dtype=dtype), **options)]
+
+
+@pytest.fixture(autouse=True)
+def triton_is_there(monkeypatch):
+    monkeypatch.setattr(engines, "TRITON_INSTALLED", True)
+
+
+def test_auto_on_cuda_takes_flex_for_static_masks_and_triton_for_the_rest():
+    assert chosen() == ["flex", "triton", "triton", "flex"]
+    assert chosen(dtype=torch.float32) == ["flex", "triton", "triton", "flex"]
+
+
+def test_auto_goes_on_to_the_next_engine_that_can():
+    assert chosen(mods=True) == ["flex", "reference", "flex", "flex"]
+    assert chosen(dim=320) == ["flex", "reference", "flex", "flex"]
+    assert chosen(dtype=torch.float64) == 4 * ["reference"]
+    assert chosen(device="cpu") == 4 * ["reference"]
+
+
+def test_too_many_blocks_for_the_top_n_leave_the_other_stages_alone():
+    assert chosen(num_selected=65) == ["flex", "reference", "triton", "flex"]
+    with pytest.raises(NotImplementedError, match="up to 64 blocks, got num_selected=65"):
+        chosen(num_selected=65, impl="triton")
+
+
+def test_auto_without_triton_still_takes_no_dense_engine_on_cuda(monkeypatch):
+    monkeypatch.setattr(engines, "TRITON_INSTALLED", False)
+    assert chosen() == ["flex", "reference", "flex", "flex"]
+    with FakeTensorMode():
+        reasons = [choice.reason for choice in explain(torch.empty(1, 1, 1, 64, device="cuda"))]
+    assert all("triton is not installed" in reason for reason in reasons)
