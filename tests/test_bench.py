@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bench.cli import main
-from bench.learn import pictures
 from bench.learn.attention import ATTENTIONS, DEFAULT_ATTENTIONS, AttentionShape, DenseAttention
 from bench.learn.compare import Comparison
 from bench.learn.generate import draw, generate
@@ -353,7 +352,8 @@ def test_the_telling_query_gains_most_from_what_it_chose(task):
 
 
 def test_every_byte_has_a_visible_character():
-    assert pictures.printable([*b"ab\ncd", 200]) == ["a", "b", pictures.NEWLINE, "c", "d", "\N{MIDDLE DOT}"]
+    shown = TextTask.characters(None, [*b"ab\ncd", 200])
+    assert shown == ["a", "b", "\n", "c", "d", "\N{MIDDLE DOT}"]
 
 
 def test_options_that_do_not_fit_are_refused_with_a_remedy(tmp_path, capsys):

@@ -1,14 +1,20 @@
 """The synthetic tasks: rows that can be solved, in one way only, by looking where the task says."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.cli import main
 from bench.learn.copying import SEPARATOR, CopyTask
 from bench.learn.mqar import MQARTask
 from bench.learn.passkey import FIRST_FILLER, KEY, QUESTION, PasskeyTask
+from bench.learn.presets import SYNTHETIC, TINY
 from bench.learn.task import IGNORED
+from bench.learn.train import Twin
 
 TASKS = (MQARTask(pairs=4, vocabulary=64), CopyTask(), PasskeyTask())
 tasks = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -60,7 +66,7 @@ def test_a_copy_repeats_the_row(tokens, step):
 @given(st.floats(0, 1), st.integers(11, 80))
 def test_the_passkey_lies_at_its_depth(depth, tokens):
     task = PasskeyTask()
-    batch = task.at_depth(depth, 2, tokens)
+    batch = task.at_depths(torch.full((2,), depth, dtype=torch.float64), tokens, torch.Generator())
     place = round(depth * (tokens - 11))
     assert (batch.inputs[:, place] == KEY).all() and (batch.inputs[:, -5] == QUESTION).all()
     assert torch.equal(batch.labels[:, -5:], batch.inputs[:, place + 1 : place + 6])
@@ -77,3 +83,38 @@ def test_rows_too_short_are_refused():
         PasskeyTask().training(0, 1, 10)
     with pytest.raises(ValueError, match="at least 3 tokens"):
         CopyTask().training(0, 1, 2)
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_the_command_trains_on_a_synthetic_task(name, tmp_path, capsys):
+    options = ["--task", name, "--preset", "tiny", "--tokens", "768", "--attention", "nsa", "moba", "nsa-no-selected"]
+    main(["learn", *options, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["task"] == name and [row["attention"] for row in result["rows"]] == options[7:]
+    for row in result["rows"]:
+        assert 0 <= row["accuracy"][-1][1] <= 1 and row["continuation"] is None
+        assert None in row["position_bits"] and max(x for x in row["position_bits"] if x is not None) > 0
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed and f"bits/{result['unit']}" in printed and "continues" not in printed
+    assert (tmp_path / "selection.png").exists() and not (tmp_path / "attention.png").exists()
+
+
+def test_accuracy_is_the_share_of_labels_found():
+    task = CopyTask(vocabulary=8)
+    twin = Twin("full", replace(TINY, context=12), task.vocabulary, torch.device("cpu"))
+
+    def knows_the_first_answer_only(inputs, documents=None):
+        answers = torch.full_like(inputs, SEPARATOR)
+        answers[:, 6] = inputs[:, 0]
+        return torch.nn.functional.one_hot(answers, task.vocabulary).float()
+
+    twin.network = knows_the_first_answer_only
+    twin.evaluate(task.validation(5, 2, 12))
+    assert twin.progress.accuracy == [(0, pytest.approx(1 / 6))]
+
+
+def test_options_of_another_task_are_refused(tmp_path, capsys):
+    for options in (["--task", "copy", "--pairs", "2"], ["--task", "mqar", "--packed"]):
+        with pytest.raises(SystemExit):
+            main(["learn", *options, "--preset", "tiny", "--out", str(tmp_path)])
+        assert f"{options[2]} is an option of --task" in capsys.readouterr().err

@@ -67,7 +67,8 @@ class Comparison:
         self.note()
         prompt = self.task.prompt(self.settings.context)
         self.draw(prompt)
-        self.continuations = {twin.attention: self._continuation(twin, prompt) for twin in self.twins}
+        if self.settings.continuation:
+            self.continuations = {twin.attention: self._continuation(twin, prompt) for twin in self.twins}
         if self.status == "finished":
             self.checkpoints.remove()
         return self.save()
@@ -112,15 +113,17 @@ class Comparison:
         """Write the pictures; those of NSA's inside only if it takes part."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.ranks.first:
-            pictures.draw_losses(self.folder / "loss.png", {twin.attention: twin.progress for twin in self.twins})
+            progress = {twin.attention: twin.progress for twin in self.twins}
+            pictures.draw_losses(self.folder / "loss.png", progress, f"bits per {self.task.unit}")
         for twin in self._nsa():
             with twin.autocast():
                 look = look_into(twin.model, prompt.to(self.device))
             if not self.ranks.first:
                 continue
-            text = pictures.printable(prompt[0].tolist())
+            text = self.task.characters(prompt[0].tolist())
             pictures.draw_selection(self.folder / "selection.png", look)
-            pictures.draw_query(self.folder / "attention.png", look, telling_query(look), text)
+            if text is not None:
+                pictures.draw_query(self.folder / "attention.png", look, telling_query(look), text)
             tokens, means = zip(*self.gates, strict=True)
             pictures.draw_gates(self.folder / "gates.png", tokens, means)
 
@@ -128,6 +131,7 @@ class Comparison:
         """Write `result.json`."""
         result = {
             "task": self.task.name,
+            "unit": self.task.unit,
             "status": self.status,
             **environment(self.device),
             "processes": self.ranks.count,

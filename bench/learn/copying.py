@@ -1,20 +1,17 @@
 """Copying: a row of random tokens, a separator, and the same tokens again."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
-from bench.learn.rows import cut, row_generator
+from bench.learn.rows import DrawnRows
 from bench.learn.task import IGNORED, Batch
 
 SEPARATOR = 0
 
 
 @dataclass(frozen=True)
-class CopyTask:
+class CopyTask(DrawnRows):
     """The copy task of Graves et al. 2014 (arXiv 1410.5401, section 4.1), over tokens.
 
     A row of t tokens holds ``t // 2`` random tokens, the separator and their copy, which alone is labelled. A token and
@@ -27,15 +24,8 @@ class CopyTask:
 
     vocabulary: int = 64
     seed: int = 0
+    unit: str = "token"
     name: str = "copy"
-
-    def training(self, step: int, size: int, context: int) -> Batch:
-        """``size`` rows drawn from ``(seed, step)``."""
-        return self.rows(size, context, row_generator(self.seed, "training", step))
-
-    def validation(self, rows: int, size: int, context: int) -> Iterator[Batch]:
-        """``rows`` rows that no training step draws."""
-        return cut(self.rows(rows, context, row_generator(0, "validation")), size)
 
     def rows(self, size: int, context: int, generator: torch.Generator) -> Batch:
         """``size`` rows of ``context`` tokens.
@@ -51,10 +41,6 @@ class CopyTask:
         labels = whole[:, 1:].clone()
         labels[:, :length] = IGNORED
         return Batch(whole[:, :-1], labels)
-
-    def prompt(self, tokens: int) -> Int64[Tensor, "1 t"]:
-        """A row of no training step."""
-        return self.rows(1, tokens, row_generator(self.seed, "prompt")).inputs
 
     def decode(self, tokens: list[int]) -> str:
         """Token numbers, the separator as a bar."""

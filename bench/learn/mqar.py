@@ -1,18 +1,17 @@
 """Multi-query associative recall: key-value pairs first, then some of the keys again, each asking for its value."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from bench.learn.rows import cut, row_generator
+from bench.learn.rows import DrawnRows
 from bench.learn.task import IGNORED, Batch
 
 
 @dataclass(frozen=True)
-class MQARTask:
+class MQARTask(DrawnRows):
     """MQAR of Arora et al. 2023 (arXiv 2312.04927), all pairs asked once, filler 0 between the questions.
 
     A row is ``k1 v1 ... kK vK`` and then, in every second place, a key with its value for a label, or filler. How far
@@ -29,6 +28,7 @@ class MQARTask:
     vocabulary: int = 8192
     power: float = 0.01
     seed: int = 0
+    unit: str = "answer"
     name: str = "mqar"
 
     def __post_init__(self) -> None:
@@ -37,14 +37,6 @@ class MQARTask:
                 f"pairs: expected 1 to {self.vocabulary // 2 - 1} distinct keys of a vocabulary of {self.vocabulary}, "
                 f"got {self.pairs}; lower --pairs"
             )
-
-    def training(self, step: int, size: int, context: int) -> Batch:
-        """``size`` rows drawn from ``(seed, step)``."""
-        return self.rows(size, context, row_generator(self.seed, "training", step))
-
-    def validation(self, rows: int, size: int, context: int) -> Iterator[Batch]:
-        """``rows`` rows that no training step draws."""
-        return cut(self.rows(rows, context, row_generator(0, "validation")), size)
 
     def rows(self, size: int, context: int, generator: torch.Generator) -> Batch:
         """``size`` rows of ``context`` tokens.
@@ -72,10 +64,6 @@ class MQARTask:
         log_probability = (self.power - 1) * torch.arange(1, places + 1).log()
         noise = -torch.empty(size, places).exponential_(generator=generator).log()
         return (log_probability + noise).topk(self.pairs).indices
-
-    def prompt(self, tokens: int) -> Int64[Tensor, "1 t"]:
-        """A row of no training step."""
-        return self.rows(1, tokens, row_generator(self.seed, "prompt")).inputs
 
     def decode(self, tokens: list[int]) -> str:
         """Token numbers, filler as a dot."""

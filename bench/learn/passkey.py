@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from bench.learn.rows import cut, row_generator
+from bench.learn.rows import DrawnRows, cut, row_generator
 from bench.learn.task import IGNORED, Batch
 
 KEY, QUESTION, FIRST_DIGIT, FIRST_FILLER = 0, 1, 2, 12
 
 
 @dataclass(frozen=True)
-class PasskeyTask:
+class PasskeyTask(DrawnRows):
     """Passkey retrieval of Mohtashami and Jaggi 2023 (arXiv 2305.16300), over tokens.
 
     A row is noise, ``KEY`` and the digits at a depth, noise, and at the end ``QUESTION`` and the digits again, which
@@ -29,23 +29,19 @@ class PasskeyTask:
     digits: int = 5
     vocabulary: int = 256
     seed: int = 0
+    unit: str = "digit"
     name: str = "passkey"
 
-    def training(self, step: int, size: int, context: int) -> Batch:
-        """``size`` rows drawn from ``(seed, step)``, depths uniform."""
-        generator = row_generator(self.seed, "training", step)
-        return self.rows(context, torch.rand(size, generator=generator), generator)
+    def rows(self, size: int, context: int, generator: torch.Generator) -> Batch:
+        """``size`` rows, depths uniform."""
+        return self.at_depths(torch.rand(size, generator=generator), context, generator)
 
     def validation(self, rows: int, size: int, context: int) -> Iterator[Batch]:
         """``rows`` rows that no training step draws, depths evenly spaced."""
-        return cut(self.rows(context, torch.linspace(0, 1, rows), row_generator(0, "validation")), size)
+        return cut(self.at_depths(torch.linspace(0, 1, rows), context, row_generator(0, "validation")), size)
 
-    def at_depth(self, depth: float, rows: int, context: int) -> Batch:
-        """``rows`` validation rows with the key at one depth: 0 the start of the row, 1 right before the question."""
-        return self.rows(context, torch.full((rows,), depth), row_generator(0, "depth", repr(depth), context))
-
-    def rows(self, context: int, depths: Float[Tensor, "b"], generator: torch.Generator) -> Batch:
-        """A row of ``context`` tokens for each depth in [0, 1].
+    def at_depths(self, depths: Float[Tensor, "b"], context: int, generator: torch.Generator) -> Batch:
+        """A row of ``context`` tokens for each depth: 0 its start, 1 right before the question.
 
         Raises:
             ValueError: a row is too short for the key and the question.
@@ -69,7 +65,7 @@ class PasskeyTask:
 
     def prompt(self, tokens: int) -> Int64[Tensor, "1 t"]:
         """A row of no training step, the key in its middle."""
-        return self.rows(tokens, torch.tensor([0.5]), row_generator(self.seed, "prompt")).inputs
+        return self.at_depths(torch.tensor([0.5]), tokens, row_generator(self.seed, "prompt")).inputs
 
     def decode(self, tokens: list[int]) -> str:
         """Digits as digits, the markers as words, noise as a dot."""

@@ -11,13 +11,13 @@ from torch import Tensor
 from bench.learn.look import BRANCHES, Query
 from bench.learn.train import Progress
 from flexnsa.inspect import Look, draw_text
-from flexnsa.inspect.draw import COLOURS, NEWLINE, paint_selection
+from flexnsa.inspect.draw import COLOURS, paint_selection
 
 TWIN_COLOURS = {"nsa": "#c1121f", "full": "#1d3557", "window": "#8d99ae"}
 DPI = 150
 
 
-def draw_losses(path: Path, progress: Mapping[str, Progress]) -> None:
+def draw_losses(path: Path, progress: Mapping[str, Progress], unit: str) -> None:
     """Validation and smoothed training bits over the tokens seen; validation bits by position in the context."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     curve, place = figure.subplots(1, 2)
@@ -31,9 +31,9 @@ def draw_losses(path: Path, progress: Mapping[str, Progress]) -> None:
         edges, means = by_position(twin.position_bits)
         place.plot(edges, means, "o-", ms=3, color=colour, label=name)
     lowest = min(twin.bits for twin in progress.values())
-    curve.set(xlabel="training tokens", ylabel="bits per byte", title="validation (points), training (pale)")
+    curve.set(xlabel="training tokens", ylabel=unit, title="validation (points), training (pale)")
     curve.set_ylim(lowest - 0.1, lowest + 2.5)
-    place.set(xlabel="position in the context", ylabel="bits per byte", title="validation at the end, by position")
+    place.set(xlabel="position in the context", ylabel=unit, title="validation at the end, by position")
     place.set_xscale("log", base=2)
     for axes in (curve, place):
         axes.legend(frameon=False)
@@ -50,11 +50,12 @@ def smoothed(values: Sequence[float], decay: float = 0.97) -> list[float]:
     return out
 
 
-def by_position(bits: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means over positions [8, 16), [16, 32), [32, 64) ... and the geometric middle of each range."""
+def by_position(bits: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """Means over positions [8, 16), [16, 32), [32, 64) ... and their geometric middles, where anything is asked."""
     edges = [8 * 2**i for i in range(16) if 8 * 2**i < len(bits)] + [len(bits)]
-    pairs = list(itertools.pairwise(edges))
-    return [(a * b) ** 0.5 for a, b in pairs], [float(np.mean(bits[a:b])) for a, b in pairs]
+    asked = {(a * b) ** 0.5: [x for x in bits[a:b] if x is not None] for a, b in itertools.pairwise(edges)}
+    means = {middle: float(np.mean(found)) for middle, found in asked.items() if found}
+    return list(means), list(means.values())
 
 
 def draw_selection(path: Path, looks: Sequence[Look]) -> None:
@@ -82,11 +83,6 @@ def draw_query(path: Path, looks: Sequence[Look], query: Query, text: Sequence[s
         fontsize=12,
     )
     figure.savefig(path, dpi=DPI)
-
-
-def printable(tokens: Sequence[int]) -> list[str]:
-    """One visible character for each byte: newlines as a sign, what ASCII cannot show as a middle dot."""
-    return [NEWLINE if token == 10 else chr(token) if 32 <= token < 127 else "\N{MIDDLE DOT}" for token in tokens]
 
 
 def draw_gates(path: Path, tokens: Sequence[int], means: Sequence[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """The sizes to choose from by name."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -70,7 +71,57 @@ CUDA = Settings(
     bfloat16=True,
 )
 
+# A search: the one block that is chosen freely covers a quarter of the 16 tokens that hold the pairs.
+MQAR_CPU = Settings(
+    attention=AttentionShape(
+        dim=128,
+        heads=4,
+        kv_heads=1,
+        head_dim=32,
+        rope_theta=1e4,
+        nsa=NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=4, window=8),
+    ),
+    layers=2,
+    hidden=512,
+    context=128,
+    batch=32,
+    tokens=8_000_000,
+    learning_rate=2e-3,
+    minutes=9.0,
+    evaluations=15,
+    validation_rows=256,
+    continuation=0,
+)
+
+# 32 pairs in 64 tokens: the one free block covers a quarter.
+MQAR_CUDA = replace(
+    MQAR_CPU,
+    attention=replace(
+        MQAR_CPU.attention,
+        nsa=NSAConfig(compress_block=16, compress_stride=8, select_block=16, num_selected=4, window=32),
+    ),
+    context=512,
+    batch=128,
+    tokens=400_000_000,
+    bfloat16=True,
+)
+
+# Rows of a synthetic task continue with nothing.
+COPY_CPU = replace(MQAR_CPU, context=64, tokens=4_000_000)
+COPY_CUDA = replace(MQAR_CUDA, context=2048, batch=32)
+PASSKEY_CUDA = replace(
+    CUDA, context=16_384, batch=2, tokens=200_000_000, minutes=9.0, validation_rows=32, continuation=0
+)
+
 PRESETS: Mapping[str, Settings] = {"tiny": TINY, "cpu": CPU, "cuda": CUDA}
+"""Those of the text task, by name."""
+
+SYNTHETIC: Mapping[str, Mapping[str, Settings]] = {
+    "mqar": {"tiny": replace(TINY, continuation=0), "cpu": MQAR_CPU, "cuda": MQAR_CUDA},
+    "copy": {"tiny": replace(TINY, continuation=0), "cpu": COPY_CPU, "cuda": COPY_CUDA},
+    "passkey": {"tiny": replace(TINY, continuation=0), "cpu": replace(MQAR_CPU, context=256), "cuda": PASSKEY_CUDA},
+}
+"""Those of the other tasks, by task and name."""
 
 
 def preset_for(device: torch.device) -> str:

@@ -5,16 +5,18 @@ from typing import Any
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """Validation bits, speed and size of each model, and what each wrote."""
-    unit = "bits/byte" if result["task"] == "text" else "bits/token"
-    head = f"{'attention':<10} {unit:>10} {'tokens/s':>10} {'tokens':>10} {'parameters':>11}"
+    """Validation bits, accuracy, speed and size of each model, and what each wrote."""
+    bits = f"bits/{result['unit']}"
+    head = f"{'attention':<17} {bits:>11} {'accuracy':>8} {'tokens/s':>10} {'tokens':>11} {'parameters':>11}"
     table = [
-        f"{row['attention']:<10} {row['bits_per_token']:>10.4f} {row['tokens_per_second']:>10,.0f} "
-        f"{row['tokens']:>10,} {row['parameters']:>11,}"
+        f"{row['attention']:<17} {row['bits_per_token']:>11.4f} {row['accuracy'][-1][1]:>8.3f} "
+        f"{row['tokens_per_second']:>10,.0f} {row['tokens']:>11,} {row['parameters']:>11,}"
         for row in result["rows"]
     ]
     samples = [
-        f"\n--- {row['attention']} continues, {_speed(row)} ---\n{row['continuation']}" for row in result["rows"]
+        f"\n--- {row['attention']} continues, {_speed(row)} ---\n{row['continuation']}"
+        for row in result["rows"]
+        if row["continuation"] is not None
     ]
     where = f"\n{result['status']} on {result['device']}, torch {result['torch']}, seed {result['seed']}\n"
     return "\n".join([where, head, *table, *samples])

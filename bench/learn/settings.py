@@ -23,7 +23,7 @@ class Settings:
         minutes: training stops here, all twins together, whatever they have seen.
         evaluations: validation points on the curve, besides the first and the last.
         validation_rows: rows of the final validation; the curve uses a quarter of them.
-        continuation: tokens to sample from each twin at the end.
+        continuation: tokens to sample from each twin at the end, 0 for none.
         bfloat16: autocast to bfloat16 in training and validation.
         compiled: run each twin through torch.compile.
         seed: of the weights, the batches and the sampled continuation.

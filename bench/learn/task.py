@@ -23,8 +23,20 @@ class Batch(NamedTuple):
 class Task(Protocol):
     """A source of batches. Batch `step` depends on the task's seed and on `step` alone, so every twin sees the same."""
 
-    name: str
-    vocabulary: int
+    @property
+    def name(self) -> str:
+        """The task, as the command line calls it."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What a label is: a byte, an answer."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Distinct tokens."""
+        ...
 
     def training(self, step: int, size: int, context: int) -> Batch:
         """The training batch of one step, `size` rows of `context` tokens."""
@@ -40,6 +52,10 @@ class Task(Protocol):
 
     def decode(self, tokens: list[int]) -> str:
         """Tokens as readable text."""
+        ...
+
+    def characters(self, tokens: list[int]) -> list[str] | None:
+        """Tokens as one visible character each, None where they are no characters."""
         ...
 
     def describe(self) -> dict[str, object]:

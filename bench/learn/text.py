@@ -78,6 +78,7 @@ class TextTask:
 
     name = "text"
     vocabulary = 256
+    unit = "byte"
 
     def __init__(self, corpus: Corpus, seed: int):
         self.corpus = corpus
@@ -102,6 +103,10 @@ class TextTask:
     def decode(self, tokens: list[int]) -> str:
         """Bytes as UTF-8, broken sequences replaced."""
         return bytes(tokens).decode("utf-8", errors="replace")
+
+    def characters(self, tokens: list[int]) -> list[str]:
+        """Bytes as ASCII, a middle dot for what that cannot show."""
+        return [chr(token) if token == 10 or 32 <= token < 127 else "\N{MIDDLE DOT}" for token in tokens]
 
     def describe(self) -> dict[str, object]:
         """Counts of both splits and the digest of all files."""

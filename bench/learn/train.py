@@ -26,7 +26,8 @@ class Progress:
     seconds: float = 0.0
     train_bits: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    position_bits: list[float] = field(default_factory=list)
+    accuracy: list[tuple[int, float]] = field(default_factory=list)
+    position_bits: list[float | None] = field(default_factory=list)
 
     @property
     def bits(self) -> float:
@@ -62,7 +63,7 @@ class Twin:
             group["lr"] = rate
         # The ranks' gradients are averaged, so that each rank's part of the sum counts as often as there are ranks.
         share = self.ranks.share(batch)
-        loss = self._bits(share).sum() * self.ranks.count / _asked(batch).sum().to(self.device)
+        loss = self._bits(self._logits(share), share).sum() * self.ranks.count / _asked(batch).sum().to(self.device)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -74,23 +75,32 @@ class Twin:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> None:
         """Add a validation point, and keep the loss by position."""
-        bits = torch.zeros(self.settings.context, dtype=torch.float64)
+        bits, right = torch.zeros(2, self.settings.context, dtype=torch.float64)
         asked = torch.zeros(self.settings.context, dtype=torch.int64)
         for batch in batches:
-            bits += self.ranks.total(self._bits(self.ranks.share(batch)).double().sum(dim=0)).cpu()
-            asked += _asked(batch).sum(dim=0)
-        self.progress.validation.append((self.progress.tokens, (bits.sum() / asked.sum()).item()))
-        self.progress.position_bits = (bits / asked).tolist()
+            share = self.ranks.share(batch)
+            logits = self._logits(share)
+            correct = logits.argmax(-1) == share.labels.to(self.device)
+            found = torch.stack([self._bits(logits, share).double(), correct.double()])
+            total = self.ranks.total(found.sum(dim=1)).cpu()
+            bits, right, asked = bits + total[0], right + total[1], asked + _asked(batch).sum(dim=0)
+        tokens, labels = self.progress.tokens, asked.sum()
+        self.progress.validation.append((tokens, (bits.sum() / labels).item()))
+        self.progress.accuracy.append((tokens, (right.sum() / labels).item()))
+        pairs = zip(bits.tolist(), asked.tolist(), strict=True)
+        self.progress.position_bits = [total / count if count else None for total, count in pairs]
 
     def autocast(self) -> torch.autocast:
         """The precision in which this twin trains."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
 
-    def _bits(self, batch: Batch) -> Float[Tensor, "b t"]:
-        """Bits of each label, 0 where none is asked."""
+    def _logits(self, batch: Batch) -> Float[Tensor, "b t vocabulary"]:
         with self.autocast():
             documents = None if batch.documents is None else batch.documents.to(self.device)
-            logits = self.network(batch.inputs.to(self.device), documents=documents)
+            return self.network(batch.inputs.to(self.device), documents=documents)
+
+    def _bits(self, logits: Float[Tensor, "b t vocabulary"], batch: Batch) -> Float[Tensor, "b t"]:
+        """Bits of each label, 0 where none is asked."""
         labels = batch.labels.to(self.device)
         nats = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         return nats / math.log(2)
