@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from flexnsa import checks
-from flexnsa.append import Append, Blocks
 from flexnsa.branches import CompressedBranch, ImportanceSelector, SelectedBranch, WindowBranch
-from flexnsa.cache import NSACache, check_cache, check_cache_dtype
+from flexnsa.cache import Append, Blocks, NSACache, check_cache, check_cache_dtype
 from flexnsa.composition import SparseAttention
 from flexnsa.compression import Compressor, MLPCompressor, check_geometry, compress
 from flexnsa.config import NSAConfig

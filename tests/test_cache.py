@@ -11,14 +11,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import flexnsa.append
-import flexnsa.cache
+import flexnsa.cache.append
+import flexnsa.cache.cache
+import flexnsa.cache.fill
 import flexnsa.checks
-import flexnsa.fill
 import flexnsa.layout
 from conftest import assert_as_accurate, assert_close, geometries, gradients, part
 from flexnsa import MeanPool, NativeSparseAttention, NSACache, NSAConfig, Selection
-from flexnsa.stores import Ring, Store
+from flexnsa.cache.stores import Ring, Store
 
 CONFIG = NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=3, num_local=1, window=5)
 SIZES = {"dim": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "value_dim": 3}
@@ -577,9 +577,9 @@ def test_inference_mode_and_no_grad_may_alternate():
 def reckoning(monkeypatch):
     """As on CUDA: values are not read but where the host has lost count; what was read is listed."""
     reads: list[Tensor] = []
-    read = flexnsa.fill._read
-    monkeypatch.setattr(flexnsa.fill, "_read", lambda state: reads.append(state) or read(state))
-    for module in (flexnsa.fill, flexnsa.append, flexnsa.cache):
+    read = flexnsa.cache.fill._read
+    monkeypatch.setattr(flexnsa.cache.fill, "_read", lambda state: reads.append(state) or read(state))
+    for module in (flexnsa.cache.fill, flexnsa.cache.append, flexnsa.cache.cache):
         monkeypatch.setattr(module, "values_are_checked", lambda tensor: False)
     return reads
 

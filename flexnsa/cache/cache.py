@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from flexnsa.cache.fill import Fill, rearranged
+from flexnsa.cache.stores import Ring, Store
 from flexnsa.checks import values_are_checked
 from flexnsa.config import NSAConfig
-from flexnsa.fill import Fill, rearranged
-from flexnsa.stores import Ring, Store
 
 
 class NSACache:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from flexnsa.cache import NSACache
+from flexnsa.cache.cache import NSACache
 from flexnsa.checks import values_are_checked
 from flexnsa.types import KV, BranchKV
 

@@ -1,0 +1,6 @@
+"""What a layer keeps of the tokens that it has seen: stores and rings, how full they are, one call's tokens."""
+
+from flexnsa.cache.append import Append, Blocks
+from flexnsa.cache.cache import NSACache, check_cache, check_cache_dtype
+
+__all__ = ["Append", "Blocks", "NSACache", "check_cache", "check_cache_dtype"]
