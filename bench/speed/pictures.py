@@ -16,9 +16,9 @@ COLOURS = {
     "flexnsa-triton": "#9d0208",
     "flexnsa-flex": "#f4a261",
     "flexnsa-reference": "#bc8a5f",
-    "cudnn": "#1d3557",
+    "cudnn": "#3a86ff",
     "fa2": "#457b9d",
-    "sdpa": "#1d3557",
+    "sdpa": "#3a86ff",
     "flex-dense": "#8d99ae",
     "fla-nsa": "#6a994e",
 }

@@ -75,7 +75,7 @@ def _timing(row: Row, direction: str) -> str:
     if f"{direction}_ms" not in row:
         return ""
     low, high = row[f"{direction}_range_ms"]
-    return f"{row[f'{direction}_ms']:.3g} ({low:.3g} to {high:.3g})"
+    return f"{_short(row[f'{direction}_ms'])} ({_short(low)} to {_short(high)})"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -154,3 +154,8 @@ def _growth_lines(rows: Sequence[Row], case: str) -> Iterator[str]:
     table = growth_table(rows, case)
     if table is not None:
         yield table
+
+
+def _short(number: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"

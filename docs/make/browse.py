@@ -1,7 +1,8 @@
 """The built site in a headless Chromium: `python docs/make/browse.py [FOLDER FOR SCREENSHOTS]`.
 
-Opens every page at desktop and phone width, searches, switches to dark, and exits with status 1 on a missing image or
-script, a console error, a request to elsewhere, or a page that is wider than the phone.
+Follows the navigation through every page at desktop and phone width, searches, opens the first page in the dark, and
+exits with status 1 on a page that the navigation does not reach, a missing image or script, a console error, a request
+to elsewhere, or a page that is wider than the phone.
 """
 
 import functools
@@ -34,8 +35,22 @@ class Visit:
         self.page.on("request", lambda request: self._note(self._outside(request.url), f"outside: {request.url}"))
 
     def open(self, path: str) -> None:
-        """Load a page and look at its images and its width."""
+        """Load a page and look at it."""
         self.page.goto(self.address + path, wait_until="networkidle")
+        self.look()
+
+    def follow(self) -> Iterator[str]:
+        """From the first page by the "next" links to the last one: the path of each, opened and looked at."""
+        self.open("")
+        yield ""
+        while (following := self.page.locator("a.md-footer__link--next")).count():
+            following.first.click()
+            self.page.wait_for_load_state("networkidle")
+            self.look()
+            yield self.page.url.removeprefix(self.address)
+
+    def look(self) -> None:
+        """Note images that are not shown and a page that is too wide."""
         broken = self.page.eval_on_selector_all("img", "images => images.filter(i => !i.naturalWidth).map(i => i.src)")
         self._note(bool(broken), f"images not shown: {broken}")
         wide = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -61,7 +76,7 @@ class Visit:
             self.wrong.append(f"{self.page.url if hasattr(self, 'page') else ''}  {what}")
 
 
-def main(shots: Path | None) -> int:
+def main(shots: Path) -> int:
     """Number of things that are wrong, each printed."""
     pages = sorted(str(path.relative_to(SITE).parent) + "/" for path in SITE.rglob("index.html"))
     pages = ["" if page == "./" else page for page in pages]
@@ -69,33 +84,23 @@ def main(shots: Path | None) -> int:
     with served(SITE) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, width in WIDTHS.items():
-            for theme in ("light", "dark"):
-                visit = Visit(browser, address, width, theme)
-                for page in pages if theme == "light" else pages[:1]:
-                    visit.open(page)
-                    if shots:
-                        file = f"{name}-{theme}-{page.strip('/').replace('/', '-') or 'home'}.png"
-                        visit.page.screenshot(path=shots / file, full_page=True)
-                wrong += [f"{name}, {theme}: {what}" for what in visit.wrong]
+            visit = Visit(browser, address, width, "light")
+            missed = set(pages)
+            for page in visit.follow():
+                missed.discard(page)
+                file = f"{name}-light-{page.strip('/').replace('/', '-') or 'home'}.png"
+                visit.page.screenshot(path=shots / file, full_page=True)
+            wrong += [f"{name}, light: {what}" for what in visit.wrong]
+            wrong += [f"{name}, navigation: does not reach {page}" for page in sorted(missed)]
+            visit = Visit(browser, address, width, "dark")
+            visit.open("")
+            visit.page.screenshot(path=shots / f"{name}-dark-home.png", full_page=True)
+            wrong += [f"{name}, dark: {what}" for what in visit.wrong]
             visit = Visit(browser, address, width, "light")
             visit.search("select_blocks", "api/selection/", "flexnsa.select_blocks")
             wrong += [f"{name}, search: {what}" for what in visit.wrong]
-        follow_navigation(browser, address, wrong)
     print("\n".join(wrong) or f"{len(pages)} pages at {len(WIDTHS)} widths: nothing wrong")
     return len(wrong)
-
-
-def follow_navigation(browser: Browser, address: str, wrong: list[str]) -> None:
-    """From the first page by the "next" links to the last one."""
-    visit = Visit(browser, address, WIDTHS["desktop"], "light")
-    visit.open("")
-    seen = [visit.page.url]
-    while (following := visit.page.locator("a.md-footer__link--next")).count():
-        following.first.click()
-        visit.page.wait_for_load_state("networkidle")
-        seen.append(visit.page.url)
-    wrong += [f"navigation: {what}" for what in visit.wrong]
-    print(f"followed {len(seen)} pages, the last one {seen[-1]}")
 
 
 @contextmanager

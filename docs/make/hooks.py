@@ -12,6 +12,8 @@ from typing import Any
 import conversion
 import decode
 import gallery
+import gpu_tests
+import learn
 import pictures
 import speed
 import support
@@ -22,6 +24,9 @@ from mkdocs.structure.files import File, Files
 TABLES: Mapping[str, Callable[[], str]] = {
     "conversion": conversion.table,
     "decode": decode.table,
+    "decode where": decode.where,
+    "gpu tests": gpu_tests.table,
+    "learn": learn.table,
     "gallery": gallery.table,
     "gallery pictures": gallery.sections,
     "auto": support.auto_order,

@@ -7,10 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.speed import pictures, report
+from bench.speed import report
+from bench.speed.pictures import draw_ratios, draw_stages, draw_times
 
 RESULTS = Path(__file__).parents[2] / "bench/results/speed"
 DEVICES = ("h200",)
+ROWS = (draw_times, draw_ratios, draw_stages)
 MISSING = "\n\nNot in this run: "
 
 
@@ -56,12 +58,25 @@ def measured(device: str) -> list[str]:
     return [case for case in report.case_names(rows) if report.whole(rows, case)]
 
 
+def picture(device: str) -> Figure:
+    """The first case: times, ratios and stages downwards, forward on the left and backward on the right."""
+    rows = result(device)["rows"]
+    sheet = Figure(figsize=(8.5, 9.5), layout="constrained")
+    for line, draw in zip(sheet.subplots(3, 2), ROWS, strict=True):
+        for axes, direction in zip(line, report.DIRECTIONS, strict=True):
+            draw(axes, rows, measured(device)[0], direction)
+    for axes in sheet.axes[2:4]:
+        axes.set(ylabel="dense attention's time / time")
+    for axes in sheet.axes[-2:]:
+        axes.set(xlabel="tokens", ylabel="share of the stages' time")
+    return sheet
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     f"speed {name} {device}": (lambda make=make, device=device: make(device))
     for name, make in (("where", where), ("times", times), ("stages", stages), ("growth", growth))
     for device in DEVICES
 }
 PICTURES: Mapping[str, Callable[[], Figure]] = {
-    f"speed-{device}": (lambda device=device: pictures.figure(result(device)["rows"], measured(device)[0]))
-    for device in DEVICES
+    f"speed-{device}": (lambda device=device: picture(device)) for device in DEVICES
 }

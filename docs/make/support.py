@@ -6,11 +6,13 @@ Recorded on each device by hand, the CPU one under Triton's interpreter, and rea
     python docs/make/support.py > docs/make/support-h200.json
 """
 
+import copy
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,12 +22,17 @@ from torch.nn.attention import flex_attention
 from flexnsa import (
     BranchKV,
     MeanPool,
+    NativeSparseAttention,
     NSAConfig,
+    PagedKV,
+    Pages,
     Selection,
     compressed_attention,
     documents_from_lengths,
     explain,
     native_sparse_attention,
+    paged_append,
+    paged_step,
     select_blocks,
 )
 from flexnsa.compression import compress
@@ -51,6 +58,54 @@ class Problem(NamedTuple):
     gradients: bool = False
     compiled: bool = False
     prefix: int = 0
+    served: Callable[["Problem", Impl], tuple[Tensor, Tensor]] | None = None
+
+
+def cached(problem: Problem, impl: Impl) -> tuple[Tensor, Tensor]:
+    """A prompt, a chunk and single tokens through the layer's cache; the same tokens in one call."""
+    layer, exact, x = _layers(problem, impl)
+    cache = layer.new_cache(batch=1, max_tokens=problem.tokens)
+    with torch.inference_mode():
+        parts = [layer(part, cache=cache) for part in x.split([problem.tokens - 11, 8, 1, 1, 1], dim=1)]
+    return torch.cat(parts, dim=1), exact(x.double())
+
+
+def exported(problem: Problem, impl: Impl) -> tuple[Tensor, Tensor]:
+    """The layer through torch.export."""
+    layer, exact, x = _layers(problem, impl)
+    with patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False):  # Its eager code has no graph.
+        graph = torch.export.export(layer, (x,)).module()
+    return graph(x), exact(x.double())
+
+
+def paged(problem: Problem, impl: Impl) -> tuple[Tensor, Tensor]:
+    """Every token into shuffled pages of 16, and a step for the last query; the same query over the whole sequence."""
+    torch.manual_seed(0)
+    (hq, hk), (d, dv), count = problem.heads, problem.dims, -(-problem.tokens // 16)
+    whole = {"device": DEVICE, "dtype": problem.dtype}
+    k, v = (torch.randn(1, hk, problem.tokens, size, **whole) for size in (d, dv))
+    q, gates = torch.randn(1, hq, 1, d, **whole), torch.rand(1, hq, 1, 3, **whole)
+    table = torch.randperm(count, device=DEVICE).int()[None]
+    pages = PagedKV(*(Pages(*(torch.empty(count, hk, 16, size, **whole) for size in (d, dv)), table) for _ in range(3)))
+    lengths = torch.tensor([problem.tokens], dtype=torch.int32, device=DEVICE)
+    recent = tuple(torch.zeros(1, hk, problem.config.compress_block, size, **whole) for size in (d, dv))
+    kv, pool = BranchKV.shared(k, v), MeanPool(problem.config)
+    paged_append(kv, pages, lengths, problem.config, compressor=pool, recent=recent, impl=impl)
+    found = paged_step(q, gates, pages, lengths, problem.config, impl=impl).out
+    q, k, v, gates = (x.double() for x in (q, k, v, gates))
+    last = lengths.long() - 1
+    return found, native_sparse_attention(q, BranchKV.shared(k, v), gates, problem.config, pool, positions=last)
+
+
+def _layers(problem: Problem, impl: Impl) -> tuple[NativeSparseAttention, NativeSparseAttention, Tensor]:
+    """A layer for inference on an engine, the same on the reference in float64, and an input."""
+    torch.manual_seed(0)
+    (hq, hk), (d, dv), sizes = problem.heads, problem.dims, {"dim": 32, "config": problem.config, "rope_theta": 1e4}
+    layer = NativeSparseAttention(**sizes, num_heads=hq, num_kv_heads=hk, head_dim=d, value_dim=dv, impl=impl)
+    layer = layer.to(DEVICE, problem.dtype).requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+    exact.attention.impl = "reference"
+    return layer, exact, torch.randn(1, problem.tokens, 32, device=DEVICE, dtype=problem.dtype)
 
 
 FEATURES: Mapping[str, Problem] = {
@@ -71,8 +126,10 @@ FEATURES: Mapping[str, Problem] = {
     "a mask in place of causality (`mask_mod`)": Problem(prefix=13),
     "fewer tokens than a compressed one": Problem(tokens=5),
     "`torch.compile(fullgraph=True)`": Problem(compiled=True),
+    "decoding with a cache": Problem(served=cached),
+    "a paged decoding step": Problem(served=paged),
+    "`torch.export`": Problem(served=exported),
 }
-LATER = ("decoding with a cache", "context parallelism")
 
 
 def auto_order() -> str:
@@ -119,7 +176,6 @@ def _table(record: dict) -> str:
     rows = [f"| {record['device']} | " + " | ".join(f"`{e}`" for e in ENGINES) + " |", "|---|" + ":-:|" * len(ENGINES)]
     for feature, cells in record["cells"].items():
         rows.append(f"| {feature} | " + " | ".join(_cell(cells[engine], reasons) for engine in ENGINES) + " |")
-    rows += [f"| {feature} | " + " | ".join("not yet" for _ in ENGINES) + " |" for feature in LATER]
     notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
     return "\n".join(rows) + f"\n\nTried with torch {record['torch']} on {record['date']}.\n\n{notes}"
 
@@ -137,7 +193,8 @@ def attempt(problem: Problem, impl: Impl) -> str:
     try:
         found = _results(problem, impl)
     except NotImplementedError as error:
-        return str(error).partition(": ")[2].partition("; use impl")[0]
+        what, _, why = str(error).partition("; use impl")[0].partition(": ")
+        return why or what
     for name, (value, expected) in found.items():
         scale = expected.abs().max().clamp(min=1)
         error = ((value.double() - expected).abs().max() / scale).item()
@@ -147,6 +204,8 @@ def attempt(problem: Problem, impl: Impl) -> str:
 
 def _results(problem: Problem, impl: Impl) -> dict[str, tuple[Tensor, Tensor]]:
     """Output, and gradients where asked for, of an engine and of the reference, given the engine's own selection."""
+    if problem.served:
+        return {"out": problem.served(problem, impl)}
     leaves, options = _inputs(problem)
     exact = [x.detach().double().requires_grad_(problem.gradients) for x in leaves]
     selection = _selection(problem, impl, leaves, options)
