@@ -118,7 +118,7 @@ class SparseAttention(nn.Module):
 
         ``forward`` is ``mix(attend(...))`` and takes the same arguments.
         """
-        self._check(q, kv, mask_mod)
+        self._check(q, kv, positions, mask_mod)
         num_tokens = max(k.shape[2] for k, _ in kv.values())
         placing = Placing(None, documents, mask_mod)
         context = AttentionContext(q, x, kv, num_tokens, placing, self.impl, self.selector, given=selection)
@@ -139,9 +139,20 @@ class SparseAttention(nn.Module):
         checks.check_gates(gates, context.q, branches=len(self._order))
         return combine(gates, list(context.outputs.values()))
 
-    def _check(self, q: Tensor, kv: Mapping[str, KV], mask_mod: MaskMod | None) -> None:
-        if set(kv) != set(self._order):
-            raise ValueError(f"kv must have the branches' names {sorted(self._order)}, got {sorted(kv)}")
+    def _check(
+        self,
+        q: Tensor,
+        kv: Mapping[str, KV],
+        positions: Tensor | Mapping[str, Tensor] | None,
+        mask_mod: MaskMod | None,
+    ) -> None:
+        named = {"kv": kv} | ({"positions": positions} if isinstance(positions, Mapping) else {})
+        for argument, by_name in named.items():
+            if set(by_name) != set(self._order):
+                raise ValueError(
+                    f"{argument} must have the branches' names {sorted(self._order)}, got {sorted(by_name)}; give each "
+                    f"branch its own"
+                )
         checks.check_value_dims({name: v.shape[-1] for name, (_, v) in kv.items()})
         checks.check_tensor("q", q, "b hq tq d")
         checks.check_mask_mod(mask_mod, q)

@@ -346,6 +346,9 @@ def test_composition_arguments():
         SparseAttention({}, SigmoidGate(8, 4, 1))
     with pytest.raises(ValueError, match="kv must have the branches' names"):
         compose(WindowBranch(CONFIG))(q, {"other": (k, v)}, torch.randn(1, 20, 8))
+    elsewhere = {"other": torch.arange(20)}
+    with pytest.raises(ValueError, match="positions must have the branches' names"):
+        compose(WindowBranch(CONFIG))(q, {"own": (k, v)}, torch.randn(1, 20, 8), positions=elsewhere)
     with pytest.raises(ValueError, match="gates must be"):
         compose(WindowBranch(CONFIG), gate=SigmoidGate(8, 4, 2))(q, {"own": (k, v)}, torch.randn(1, 20, 8))
 
