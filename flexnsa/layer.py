@@ -135,7 +135,7 @@ class NativeSparseAttention(nn.Module):
             return self._forward_cached(x, cache, documents)
         q, kv = self._project(x, documents)
         out = self.attention(q, kv._asdict(), x, documents=documents, mask_mod=mask_mod)
-        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+        return self._output(out)
 
     def forward_part(
         self,
@@ -167,7 +167,7 @@ class NativeSparseAttention(nn.Module):
         x = _checked_input(x, self.q_proj.in_features, documents, rows)
         q, kv = self._project(x, documents, rows, gather)
         out = self.attention(q, kv._asdict(), x, positions=positions, documents=documents, mask_mod=mask_mod)
-        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+        return self._output(out)
 
     def new_cache(
         self,
@@ -249,12 +249,15 @@ class NativeSparseAttention(nn.Module):
         kv = append.extend(blocks, None if blocks is None else self._compressed(blocks), selected, window)
         out = self.attention(q, kv._asdict(), x, positions=append.positions())
         append.commit(raw, window)
-        return append.unpack(self.o_proj(rearrange(out, "b h t d -> b t (h d)")))
+        return append.unpack(self._output(out))
 
     def _compressed(self, blocks: Blocks) -> KV:
         compressed = compress(self.compressor, blocks.k, blocks.v, self.config, starts=blocks.starts)
         end = blocks.number * self.config.compress_stride + self.config.compress_block - 1
         return self._after(compressed, end)
+
+    def _output(self, out: Tensor) -> Tensor:
+        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
     def _query(self, x: Tensor, position: Tensor) -> Tensor:
         return self._place(self.q_norm(_heads(self.q_proj(x), self.head_dim)), position)

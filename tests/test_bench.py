@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bench.cli import main
+from bench.interrupt import Interrupt
 from bench.learn.attention import ATTENTIONS, DEFAULT_ATTENTIONS, AttentionShape, DenseAttention
 from bench.learn.compare import Comparison
 from bench.learn.generate import draw, generate
-from bench.learn.interrupt import Interrupt
 from bench.learn.look import gate_means, look_into, telling_query
 from bench.learn.model import Transformer, count_parameters
 from bench.learn.parallel import Ranks

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench.cli import main
-from bench.learn.interrupt import Interrupt
+from bench.interrupt import Interrupt
 from bench.speed import cases, engines, pictures, report
 from bench.speed.cases import CASES, Case
 from bench.speed.cost import costs, fit, flops

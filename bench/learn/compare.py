@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.interrupt import catching_interrupt
 from bench.learn import pictures
 from bench.learn.checkpoint import Checkpoints
 from bench.learn.generate import Continuation, generate
-from bench.learn.interrupt import catching_interrupt
 from bench.learn.look import gate_means, look_into, telling_query
 from bench.learn.model import count_parameters
 from bench.learn.parallel import ALONE, Ranks

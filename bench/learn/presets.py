@@ -107,6 +107,7 @@ MQAR_CUDA = replace(
 )
 
 # Rows of a synthetic task continue with nothing.
+TINY_ROWS = replace(TINY, continuation=0)
 COPY_CPU = replace(MQAR_CPU, context=64, tokens=4_000_000)
 COPY_CUDA = replace(MQAR_CUDA, context=2048, batch=32)
 PASSKEY_CUDA = replace(
@@ -117,9 +118,9 @@ PRESETS: Mapping[str, Settings] = {"tiny": TINY, "cpu": CPU, "cuda": CUDA}
 """Those of the text task, by name."""
 
 SYNTHETIC: Mapping[str, Mapping[str, Settings]] = {
-    "mqar": {"tiny": replace(TINY, continuation=0), "cpu": MQAR_CPU, "cuda": MQAR_CUDA},
-    "copy": {"tiny": replace(TINY, continuation=0), "cpu": COPY_CPU, "cuda": COPY_CUDA},
-    "passkey": {"tiny": replace(TINY, continuation=0), "cpu": replace(MQAR_CPU, context=256), "cuda": PASSKEY_CUDA},
+    "mqar": {"tiny": TINY_ROWS, "cpu": MQAR_CPU, "cuda": MQAR_CUDA},
+    "copy": {"tiny": TINY_ROWS, "cpu": COPY_CPU, "cuda": COPY_CUDA},
+    "passkey": {"tiny": TINY_ROWS, "cpu": replace(MQAR_CPU, context=256), "cuda": PASSKEY_CUDA},
 }
 """Those of the other tasks, by task and name."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from bench.learn.interrupt import Interrupt
+from bench.interrupt import Interrupt
 from bench.learn.model import Transformer
 from bench.learn.parallel import ALONE, Ranks
 from bench.learn.settings import Settings, twin_shape

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 
-from bench.learn.interrupt import catching_interrupt
+from bench.interrupt import catching_interrupt
 from bench.speed import cases, engines
 from bench.speed.pictures import draw
 from bench.speed.report import report

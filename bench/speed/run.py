@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.learn.interrupt import Interrupt
+from bench.interrupt import Interrupt
 from bench.record import environment, write_json
 from bench.speed.cases import Case
 from bench.speed.cost import flops

@@ -6,8 +6,6 @@ K later. Either is summed in the order of the query's list. Blocks chosen by ver
 split over programs, whose dK and dV are summed in order afterwards.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -15,18 +13,16 @@ from torch import Tensor
 
 from flexnsa.kernels.blocks import Blocks
 from flexnsa.kernels.configs import BackwardPlan, backward_plan, padded, shared_memory
+from flexnsa.kernels.selected_dq import PLACE, SUM_ROWS, Gradients, multiply_scores, sum_query_pairs
 from flexnsa.kernels.selected_forward import invert_span, offset_type, precision
 from flexnsa.kernels.selected_pairs import LOG2E, item_keys, item_range
-from flexnsa.kernels.sharing import share_selection
 from flexnsa.kernels.spans import PARTIAL_BYTES, Span, spans
 
 _ROWS_PER_ITEM = 4096
-_SUM_ROWS = 16
 _SPLIT_ROWS = 4
-_PLACE = ["lane0", "query0", "queries", "chunk", "chunks", "tq"]
 
 
-@triton.jit(do_not_specialize=_PLACE)
+@triton.jit(do_not_specialize=PLACE)
 def row_statistics(
     out, dout, lse, dlse, tops, means,
     stride_db, stride_dh, stride_dt, stride_dd, stride_lb, stride_lh, stride_lt,
@@ -53,7 +49,7 @@ def row_statistics(
     tl.store(tops + into, tl.load(lse + place, mask=row_mask, other=0.0) * LOG2E, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=[*_PLACE, "tk", "bins", "items", "split", "split_items"])
+@triton.jit(do_not_specialize=[*PLACE, "tk", "bins", "items", "split", "split_items"])
 def pair_gradients(
     q, k, v, dout, tops, means, base, seen,
     pairs, first_pair, first_item, item_bin, first_split, part_dq, part_dk, part_dv, sum_dk, sum_dv,
@@ -149,7 +145,7 @@ def pair_gradients(
         tl.store(part_dv + place[:, None] * DV + value_dim[None, :], dv, mask=(value_dim < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=[*_PLACE, "tk", "bins", "split_bins", "split_items"])
+@triton.jit(do_not_specialize=[*PLACE, "tk", "bins", "split_bins", "split_items"])
 def sum_split_bins(
     base, seen, pairs, first_pair, first_split, split_bin, part_dk, part_dv, sum_dk, sum_dv,
     lane0, query0, queries, chunk, chunks, tq, tk, bins, split_bins, split_items,
@@ -188,141 +184,6 @@ def sum_split_bins(
     tl.store(dv_at, dv, mask=v_mask)
 
 
-@triton.jit(do_not_specialize=_PLACE)
-def sum_query_pairs(
-    part_dq, base, dq,
-    lane0, query0, queries, tq,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SUBS: tl.constexpr, ROWS: tl.constexpr, D_PAD: tl.constexpr,
-):  # fmt: skip
-    """dQ of each query from its pairs, in the order of its list. Grid: (row tiles of a chunk, lanes)."""
-    local_lane = tl.program_id(1).to(tl.int64)
-    lane = lane0 + local_lane
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    query, head = row // G, row % G
-    token = query0.to(tl.int64) + query
-    row_mask = (query < queries) & (token < tq)
-    dim = tl.arange(0, D_PAD)
-    total = tl.zeros([ROWS, D_PAD], tl.float32)
-    for slot in tl.static_range(N * SUBS):
-        present = tl.load(base + (lane * tq + token) * N + slot // SUBS, mask=row_mask, other=-1) >= 0
-        place = ((local_lane * queries + query) * (N * SUBS) + slot) * G + head
-        mask = present[:, None] & (dim < D)[None, :]
-        total += tl.load(part_dq + place[:, None] * D + dim[None, :], mask=mask, other=0.0).to(tl.float32)
-    place = (lane * G + head) * tq + token
-    mask = row_mask[:, None] & (dim < D)[None, :]
-    tl.store(dq + place[:, None] * D + dim[None, :], total.to(dq.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=_PLACE)
-def tile_gradients(
-    k, part_scores, base, slots, count, seen, dq, stride_kb, stride_kh, stride_kt, stride_kd,
-    lane0, query0, queries, hk, tq, most, scale,
-    QUERIES: tl.constexpr, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SUBS: tl.constexpr, SELECT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dQ of a tile of queries that share blocks, from their scores' gradients. Grid: (tiles, lanes, row tiles)."""
-    tile, local_lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    tile_at = local_lane * tl.num_programs(0) + tile
-    steps = tl.load(count + tile_at) * SUBS
-    if steps == 0:
-        return
-    lane = lane0 + local_lane
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    member, head = row // G, row % G
-    query = tile * QUERIES + member
-    token = query0.to(tl.int64) + query
-    row_mask = (member < QUERIES) & (query < queries) & (token < tq)
-    limit = tl.max(tl.load(seen + lane * tq + token, mask=row_mask, other=-1), axis=0) + 1
-    dim, offset = tl.arange(0, D_PAD), tl.arange(0, KEYS)
-    k += (lane // hk) * stride_kb + (lane % hk) * stride_kh
-    part_scores += local_lane * queries * (N * SUBS * G * KEYS)
-    dq_tile = tl.zeros([ROWS, D_PAD], tl.float32)
-    for step in tl.range(0, steps, num_stages=STAGES):
-        first = tl.load(base + tile_at * most + step // SUBS)
-        slot = (tl.load(slots + tile_at * most + step // SUBS) >> (member * 8).to(tl.int64)).to(tl.int32) & 255
-        part = first + step % SUBS * KEYS
-        inside = part + offset < tl.minimum(limit, first + SELECT)
-        k_tile = tl.load(
-            k + (part.to(tl.int64) + offset)[:, None] * stride_kt + dim[None, :] * stride_kd,
-            mask=inside[:, None] & (dim < D)[None, :],
-            other=0.0,
-        )
-        pair = (query * N + slot) * SUBS + step % SUBS
-        at = pair.to(tl.int64) * (KEYS * G) + head
-        if G >= 8 and G & (G - 1) == 0:
-            at = tl.max_contiguous(tl.multiple_of(at, G), G)
-        scores = tl.load(
-            part_scores + (at[:, None] + offset[None, :] * G),
-            mask=(row_mask & (slot != 255))[:, None] & inside[None, :],
-            other=0.0,
-        )
-        dq_tile = tl.dot(scores, k_tile, dq_tile, input_precision=PRECISION)
-    place = (lane * G + head) * tq + token
-    mask = row_mask[:, None] & (dim < D)[None, :]
-    tl.store(dq + place[:, None] * D + dim[None, :], (dq_tile * scale).to(dq.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=_PLACE)
-def query_gradients(
-    k, part_scores, base, count, seen, dq, stride_kb, stride_kh, stride_kt, stride_kd,
-    lane0, query0, queries, hk, tq, tiles, scale,
-    QUERIES: tl.constexpr, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SUBS: tl.constexpr, SELECT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dQ of a query whose tile shares nothing. Grid: (queries of a chunk, lanes, head tiles)."""
-    query, local_lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    lane = lane0 + local_lane
-    token = query0.to(tl.int64) + query
-    if token >= tq:
-        return
-    if tl.load(count + local_lane * tiles + query // QUERIES) > 0:
-        return
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    dim, offset = tl.arange(0, D_PAD), tl.arange(0, KEYS)
-    k += (lane // hk) * stride_kb + (lane % hk) * stride_kh
-    base += (lane * tq + token) * N
-    part_scores += (local_lane * queries + query) * (N * SUBS * G * KEYS)
-    limit = tl.load(seen + lane * tq + token) + 1
-    dq_tile = tl.zeros([ROWS, D_PAD], tl.float32)
-    ahead = tl.load(base)
-    for step in tl.range(0, N * SUBS, num_stages=STAGES):
-        first = ahead
-        # A step ahead, so that the loads that depend on it wait for nothing.
-        ahead = tl.load(base + tl.minimum((step + 1) // SUBS, N - 1))
-        part = first + step % SUBS * KEYS
-        inside = part + offset < tl.where(first < 0, first, tl.minimum(limit, first + SELECT))
-        k_tile = tl.load(
-            k + (part.to(tl.int64) + offset)[:, None] * stride_kt + dim[None, :] * stride_kd,
-            mask=inside[:, None] & (dim < D)[None, :],
-            other=0.0,
-        )
-        scores = tl.load(
-            part_scores + ((step * KEYS + offset)[None, :] * G + row[:, None]),
-            mask=(row < G)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        dq_tile = tl.dot(scores, k_tile, dq_tile, input_precision=PRECISION)
-    place = (lane * G + row) * tq + token
-    mask = (row < G)[:, None] & (dim < D)[None, :]
-    tl.store(dq + place[:, None] * D + dim[None, :], (dq_tile * scale).to(dq.dtype.element_ty), mask=mask)
-
-
-class Gradients(NamedTuple):
-    """What the backward pass of one call reads and writes."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    dlse: Tensor
-    out: Tensor
-    lse: Tensor
-    blocks: Blocks
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-
-
 def differentiate(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, blocks: Blocks,
     select_block: int, scale: float,
@@ -332,10 +193,9 @@ def differentiate(
     grads = (x.new_empty(x.shape) for x in (q, k, v))
     work = Gradients(q, k, v, dout, dlse, out, lse, blocks, *grads)
     plan = backward_plan(q.element_size(), q.shape[-1], dv, select_block, group, shared_memory(q.device))
-    keys, split = triton.cdiv(select_block, plan.tile.keys) * plan.tile.keys, _pairs_per_item(group)
-    width = keys if plan.keep_scores else keys // plan.tile.keys * q.shape[-1]
-    item_bytes = keys * (q.shape[-1] + dv) * 4
-    pair_bytes = group * width * q.element_size() + 2 * item_bytes // split
+    parts, split = triton.cdiv(select_block, plan.tile.keys), _pairs_per_item(group)
+    item_bytes = parts * plan.tile.keys * (q.shape[-1] + dv) * 4
+    pair_bytes = group * parts * _width(plan, q) * q.element_size() + 2 * item_bytes // split
     lanes, tq, n = blocks.base.shape
     other_bytes = k.shape[2] * (q.shape[-1] + dv) * 4 + blocks.base.nbytes
     todo = list(spans(lanes, tq, n, pair_bytes, max(PARTIAL_BYTES // 4, PARTIAL_BYTES - other_bytes)))
@@ -350,7 +210,7 @@ def _pairs_per_item(group: int) -> int:
 
 
 def _width(plan: BackwardPlan, q: Tensor) -> int:
-    """Numbers that a pair leaves for each head."""
+    """Numbers that a pair leaves for each head and part of its block."""
     return plan.tile.keys if plan.keep_scores else q.shape[-1]
 
 
@@ -370,7 +230,7 @@ def _differentiate_span(
     dims = {"D": d, "DV": dv, "D_PAD": padded(d), "DV_PAD": padded(dv)}
     shape = {"N": n, "SELECT": select_block, "SUBS": parts, "KEYS": tile.keys}
     row_tiles = triton.cdiv(parts * tile.keys, _SPLIT_ROWS)
-    query_tiles = triton.cdiv(span.queries * group, _SUM_ROWS)
+    query_tiles = triton.cdiv(span.queries * group, SUM_ROWS)
     for lane, count, chunk in span.steps():
         found = inversion.of_lanes(lane, count)
         first_lane = span.lane + lane
@@ -381,7 +241,7 @@ def _differentiate_span(
         place = (first_lane, span.query + chunk * span.queries, span.queries)
         row_statistics[(query_tiles, count)](
             work.out, work.dout, work.lse, work.dlse, tops, means, *work.dout.stride(), *work.dlse.stride(),
-            *place, hk, tq, G=group, DV=dv, DV_PAD=padded(dv), ROWS=_SUM_ROWS,
+            *place, hk, tq, G=group, DV=dv, DV_PAD=padded(dv), ROWS=SUM_ROWS,
         )  # fmt: skip
         pair_gradients[(items, count, parts)](
             *work[:4], tops, means, blocks.base, blocks.seen, *found[:5], part_dq, part_dk, part_dv, *sums,
@@ -396,40 +256,12 @@ def _differentiate_span(
             **shape, **dims, ROWS=_SPLIT_ROWS, UNROLL=8,
         )  # fmt: skip
         if plan.keep_scores:
-            _multiply_scores(work, part_dq, place, count, plan, select_block, scale)
+            multiply_scores(work, part_dq, place, count, plan, select_block, scale)
         else:
             sum_query_pairs[(query_tiles, count)](
                 part_dq, blocks.base, work.dq, *place, tq,
-                N=n, G=group, D=d, D_PAD=padded(d), SUBS=parts, ROWS=_SUM_ROWS,
+                N=n, G=group, D=d, D_PAD=padded(d), SUBS=parts, ROWS=SUM_ROWS,
             )  # fmt: skip
         if place[1] + span.queries >= tq:
             for grad, total in zip((work.dk, work.dv), sums, strict=True):
                 grad.view(-1, *grad.shape[2:])[first_lane : first_lane + count] = total[:count]
-
-
-def _multiply_scores(
-    work: Gradients, part_scores: Tensor, place: tuple[int, int, int], lanes: int, plan: BackwardPlan,
-    select_block: int, scale: float,
-) -> None:  # fmt: skip
-    """dQ of a chunk's queries from the gradients of their scores: by tiles that share blocks, else by query."""
-    (hq, tq, d), hk, (lane, query, queries) = work.q.shape[1:], work.k.shape[1], place
-    group, base = hq // hk, work.blocks.base
-    # Several lanes are worked on at once only where a chunk holds all queries: the slice is always contiguous.
-    sharing = share_selection(
-        base[lane : lane + lanes, query : query + queries], plan.queries, 1, plan.worth, slots=True
-    )
-    tiles, most = sharing.base.shape[1:]
-    shape = {
-        "QUERIES": plan.queries, "N": base.shape[-1], "G": group, "D": d, "D_PAD": padded(d), "SELECT": select_block,
-        "SUBS": triton.cdiv(select_block, plan.tile.keys), "KEYS": plan.tile.keys, "PRECISION": precision(work.q),
-    }  # fmt: skip
-    rows = min(64, padded(plan.queries * group))
-    tile_gradients[(tiles, lanes, triton.cdiv(plan.queries * group, rows))](
-        work.k, part_scores, sharing.base, sharing.slots, sharing.common, work.blocks.seen, work.dq, *work.k.stride(),
-        *place, hk, tq, most, scale, **shape, ROWS=rows, STAGES=3, num_warps=4,
-    )  # fmt: skip
-    rows = min(64, padded(group))
-    query_gradients[(queries, lanes, triton.cdiv(group, rows))](
-        work.k, part_scores, base, sharing.common, work.blocks.seen, work.dq, *work.k.stride(),
-        *place, hk, tq, tiles, scale, **shape, ROWS=rows, STAGES=3, num_warps=max(2, rows // 16),
-    )  # fmt: skip
