@@ -11,6 +11,7 @@ from typing import Any
 
 import conversion
 import decode
+import distributed
 import gallery
 import gpu_tests
 import learn
@@ -25,6 +26,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "conversion": conversion.table,
     "decode": decode.table,
     "decode where": decode.where,
+    "distributed": distributed.table,
     "gpu tests": gpu_tests.table,
     "learn": learn.table,
     "gallery": gallery.table,
