@@ -30,9 +30,9 @@ docs: .venv/docs
 docs-serve: .venv/docs
 	$(MKDOCS) serve
 
-# Needs Chromium: apt-get install chromium
+# Needs Chromium: apt-get install chromium. A folder in ARGS takes pictures of every page.
 docs-test: docs
-	$(BIN)/python docs/make/browse.py
+	$(BIN)/python docs/make/browse.py $(ARGS)
 
 build: .venv/ready
 	rm -rf dist

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop between two steps, so that what is done can still be saved."""
+"""Steps that end early: by Ctrl-C, a request to stop between two of them, or because one takes too long."""
 
 import signal
 import threading
@@ -33,3 +33,27 @@ def catching_interrupt() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class OutOfTimeError(RuntimeError):
+    """A step took longer than it was given."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise ``OutOfTimeError`` in the block once ``seconds`` are over: at the next Python instruction, since a call
+    into C is waited for. None for no limit; nor is there one outside of the main thread."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise OutOfTimeError(f"took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -24,7 +24,18 @@ MakeScoreMod = Callable[[Tensor, AttentionContext], ScoreMod]
 """Makes a score mod of the queries and of what the branches before this one did."""
 
 
-class CompressedBranch(nn.Module):
+class _Part(nn.Module):
+    """What says of itself whether it differentiates an LSE. A class derived from it may, unless it says so again."""
+
+    differentiates_lse: bool = True
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "differentiates_lse" not in vars(cls):
+            cls.differentiates_lse = True
+
+
+class CompressedBranch(_Part):
     """Attention to compressed tokens, made here by ``compressor``, or given where that is None.
 
     Args:
@@ -33,6 +44,8 @@ class CompressedBranch(nn.Module):
         scale: softmax scale, None for ``d ** -0.5``.
         score_mod: FlexAttention score mod over absolute token numbers and query heads.
     """
+
+    differentiates_lse = False
 
     def __init__(
         self,
@@ -55,10 +68,19 @@ class CompressedBranch(nn.Module):
         """See ``compressed_attention``."""
         k, v = compress(self.compressor, k, v, self.config, documents=context.documents)
         context.attended[context.branch] = Attended(k, v, self.scale, self.score_mod)
-        return compressed_attention(q, k, v, self.config, scale=self.scale, score_mod=self.score_mod, **context.options)
+        return compressed_attention(
+            q,
+            k,
+            v,
+            self.config,
+            scale=self.scale,
+            score_mod=self.score_mod,
+            lse_grad=context.lse_grad,
+            **context.options,
+        )
 
 
-class SelectedBranch(nn.Module):
+class SelectedBranch(_Part):
     """Attention to the blocks that the composition's selector chose.
 
     Args:
@@ -80,6 +102,11 @@ class SelectedBranch(nn.Module):
         super().__init__()
         self.config, self.scale, self.score_mod, self.bias = config, scale, score_mod, bias
 
+    @property
+    def differentiates_lse(self) -> bool:  # type: ignore[override]
+        """Whether the bias may: importance is made of the compressed branch's LSE."""
+        return self.bias is not None
+
     def attend(
         self,
         q: Float[Tensor, "b hq tq d"],
@@ -98,7 +125,7 @@ class SelectedBranch(nn.Module):
         )
 
 
-class WindowBranch(nn.Module):
+class WindowBranch(_Part):
     """Attention to the last ``config.window`` keys.
 
     Args:
@@ -106,6 +133,8 @@ class WindowBranch(nn.Module):
         scale: softmax scale, None for ``d ** -0.5``.
         score_mod: FlexAttention score mod over absolute token numbers and query heads.
     """
+
+    differentiates_lse = False
 
     def __init__(self, config: NSAConfig, *, scale: float | None = None, score_mod: ScoreMod | None = None):
         super().__init__()
@@ -120,10 +149,19 @@ class WindowBranch(nn.Module):
     ) -> AttentionOutput:
         """See ``window_attention``."""
         context.attended[context.branch] = Attended(k, v, self.scale, self.score_mod)
-        return window_attention(q, k, v, self.config, scale=self.scale, score_mod=self.score_mod, **context.options)
+        return window_attention(
+            q,
+            k,
+            v,
+            self.config,
+            scale=self.scale,
+            score_mod=self.score_mod,
+            lse_grad=context.lse_grad,
+            **context.options,
+        )
 
 
-class ImportanceSelector(nn.Module):
+class ImportanceSelector(_Part):
     """NSA's selector: the blocks to which the compressed branch gives most of its probability.
 
     Scale and score mod are those of the branch that it reads.
@@ -132,6 +170,8 @@ class ImportanceSelector(nn.Module):
         config: the geometry.
         branch: name of the compressed branch, which must come before the first branch that reads the selection.
     """
+
+    differentiates_lse = False
 
     def __init__(self, config: NSAConfig, *, branch: str = "compressed"):
         super().__init__()

@@ -35,8 +35,15 @@ def debug() -> Iterator[None]:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` may be read: never while tracing, on CUDA only inside ``debug()``."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _debug.get())
+    """Whether the values of ``tensor`` may be read: never while tracing or mapping, on CUDA only inside ``debug()``."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return tensor.device.type == "cpu" or _debug.get()
+
+
+def known_finite(x: Tensor) -> bool:
+    """Whether the values of ``x`` may be read and are all finite; a sum that overflows leaves it unknown."""
+    return values_are_checked(x) and math.isfinite(x.detach().sum(dtype=accumulator(x)).item())
 
 
 def check_tensor(name: str, x: object, axes: str) -> None:

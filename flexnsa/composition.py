@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from flexnsa import checks
 from flexnsa.context import Attended, AttentionContext, Branch, Placing, Selector
 from flexnsa.engines import Impl
-from flexnsa.gating import combine
+from flexnsa.frames import Frames
+from flexnsa.gating import Deferred, check_recompute, combine
 from flexnsa.types import KV, AttentionOutput, Selection
 from flexnsa_masks import MaskMod
 
@@ -37,10 +38,11 @@ class SparseAttention(nn.Module):
         branches: the branches by name, computed in this order.
         gate: ``gate(x) -> [b, hq, tq, branches]``, values in the order of the branches.
         selector: makes the selection when the first branch asks for it; None where none does.
+        recompute: the last branches, by name, whose outputs are not kept for the backward but computed again there.
         impl: the engine of every stage.
 
     Raises:
-        ValueError: no branches, or a name that cannot be an attribute.
+        ValueError: no branches, a name that cannot be an attribute, or ``recompute`` names others than the last ones.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class SparseAttention(nn.Module):
         gate: Callable[[Tensor], Tensor],
         *,
         selector: Selector | None = None,
+        recompute: Collection[str] = (),
         impl: Impl = "auto",
     ):
         super().__init__()
@@ -57,9 +60,11 @@ class SparseAttention(nn.Module):
         for name in branches:
             if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
                 raise ValueError(f"branches has the name {name!r}, which cannot name a submodule; choose another one")
-        self._order = tuple(branches)
+        self._order, self._frames = tuple(branches), Frames(branches)
         self.branch_modules = nn.ModuleDict({n: b for n, b in branches.items() if isinstance(b, nn.Module)})
         self._other_branches = {n: b for n, b in branches.items() if not isinstance(b, nn.Module)}
+        check_recompute(recompute, self._order)
+        self.recompute = self._order[len(self._order) - len(recompute) :]
         self.gate, self.selector, self.impl = gate, selector, impl
 
     @property
@@ -99,9 +104,13 @@ class SparseAttention(nn.Module):
             ValueError: the names, shapes or outputs do not fit.
             NotImplementedError: a branch does not hold what the call asks for, or its engine cannot.
         """
-        return self.mix(
-            self.attend(q, kv, x, positions=positions, documents=documents, mask_mod=mask_mod, selection=selection)
-        )
+        kept = self._order[: len(self._order) - len(self.recompute)]
+        placing = Placing(None, documents, mask_mod)
+        context = self._attend(kept, q, kv, x, placing, positions, selection, lse_grad=self._differentiates_lse())
+        if self.recompute and self.selector is not None:
+            context.given = context.selection  # made here, so that it is kept
+        deferred = [self._deferred(context, name, positions) for name in self.recompute]
+        return self._mix(context, [*context.outputs.values(), *deferred])
 
     def attend(
         self,
@@ -116,28 +125,64 @@ class SparseAttention(nn.Module):
     ) -> AttentionContext:
         """The first half of a call: every branch's output, by name, in ``context.outputs``, and the selection.
 
-        ``forward`` is ``mix(attend(...))`` and takes the same arguments.
+        ``forward`` is ``mix(attend(...))`` and takes the same arguments; ``recompute`` is heeded by ``forward`` alone.
         """
-        self._check(q, kv, positions, mask_mod)
-        num_tokens = max(k.shape[2] for k, _ in kv.values())
-        placing = Placing(None, documents, mask_mod)
-        context = AttentionContext(q, x, kv, num_tokens, placing, self.impl, self.selector, given=selection)
-        for name, branch in self.branches.items():
-            where = placing._replace(positions=positions[name] if isinstance(positions, Mapping) else positions)
-            # A new one, since Dynamo of torch 2.13 loses what is assigned to an older object after FlexAttention ran.
-            context = replace(context, branch=name, read=set(), placing=where)
-            output = branch.attend(q, *kv[name], context)
-            _check_obedience(context)
-            if name not in context.attended:
-                context.attended[name] = Attended(*kv[name])
-            context.outputs[name] = _checked(output, name, q, kv[name][1].shape[-1])
-        return context
+        return self._attend(self._order, q, kv, x, Placing(None, documents, mask_mod), positions, selection)
 
     def mix(self, context: AttentionContext) -> Float[Tensor, "b hq tq dv"]:
         """The second half: the branches' outputs, each times its gate, summed to ``[b, hq, tq, dv]``."""
+        return self._mix(context, list(context.outputs.values()))
+
+    def _attend(
+        self,
+        names: Sequence[str],
+        q: Tensor,
+        kv: Mapping[str, KV],
+        x: Tensor,
+        placing: Placing,
+        positions: Tensor | Mapping[str, Tensor] | None,
+        selection: Selection | None,
+        lse_grad: bool = True,
+    ) -> AttentionContext:
+        self._check(q, kv, positions, placing.mask_mod)
+        num_tokens = max(k.shape[2] for k, _ in kv.values())
+        context = AttentionContext(q, x, kv, num_tokens, placing, self.impl, self.selector, lse_grad, given=selection)
+        for name in names:
+            # A new one, since Dynamo of torch 2.13 loses what is assigned to an older object after FlexAttention ran.
+            context = replace(context, branch=name, read=set(), placing=_placed(placing, positions, name))
+            output = self._output(context)
+            if name not in context.attended:
+                context.attended[name] = Attended(*kv[name])
+            context.outputs[name] = output
+        return context
+
+    def _differentiates_lse(self) -> bool:
+        """Whether a branch or the selector may differentiate a branch's LSE; ``mix`` does not."""
+        parts = [*self.branches.values(), *([] if self.selector is None else [self.selector])]
+        return any(getattr(part, "differentiates_lse", True) for part in parts)
+
+    def _deferred(
+        self, context: AttentionContext, name: str, positions: Tensor | Mapping[str, Tensor] | None
+    ) -> Deferred:
+        placing = _placed(context.placing, positions, name)
+
+        def attend() -> AttentionOutput:
+            return self._output(
+                replace(context, branch=name, read=set(), attended=dict(context.attended), placing=placing)
+            )
+
+        return Deferred(attend)
+
+    def _output(self, context: AttentionContext) -> AttentionOutput:
+        k, v = context.kv[context.branch]
+        output = self._frames[context.branch](self.branches[context.branch], context.q, k, v, context)
+        _check_obedience(context)
+        return _checked(output, context.branch, context.q, v.shape[-1])
+
+    def _mix(self, context: AttentionContext, outputs: Sequence[AttentionOutput | Deferred]) -> Tensor:
         gates = self.gate(context.x).to(context.q.dtype)
         checks.check_gates(gates, context.q, branches=len(self._order))
-        return combine(gates, list(context.outputs.values()))
+        return combine(gates, outputs)
 
     def _check(
         self,
@@ -156,6 +201,10 @@ class SparseAttention(nn.Module):
         checks.check_value_dims({name: v.shape[-1] for name, (_, v) in kv.items()})
         checks.check_tensor("q", q, "b hq tq d")
         checks.check_mask_mod(mask_mod, q)
+
+
+def _placed(placing: Placing, positions: Tensor | Mapping[str, Tensor] | None, name: str) -> Placing:
+    return placing._replace(positions=positions[name] if isinstance(positions, Mapping) else positions)
 
 
 def _check_obedience(context: AttentionContext) -> None:

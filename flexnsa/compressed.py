@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flexnsa import checks, engines, flex, reference
+from flexnsa import checks, engines, flash, flex, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
 from flexnsa.types import AttentionOutput
@@ -23,6 +23,7 @@ def compressed_attention(
     documents: Int[Tensor, "b tk"] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
+    lse_grad: bool = True,
     impl: engines.Impl = "auto",
 ) -> AttentionOutput:
     """Attention of each query to the compressed tokens all of whose tokens it sees.
@@ -40,6 +41,8 @@ def compressed_attention(
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
         score_mod: FlexAttention score mod over absolute token numbers and query heads; a compressed token stands
             where its last token does.
+        lse_grad: whether the LSE is differentiable. False takes its gradient away, on every engine, and lets FLASH's
+            kernels run, which have none.
         impl: the engine.
 
     Returns:
@@ -54,14 +57,24 @@ def compressed_attention(
     scale = checks.resolve_scale(scale, q.shape[-1])
     table = query_table(q, config, num_tokens=None, positions=positions, documents=documents, mask_mod=mask_mod)
     _check_count(q, k_cmp, config, positions, documents)
-    modified = mask_mod is not None or score_mod is not None
-    if engines.choose(impl, "compressed", q, k_cmp, v_cmp, mods=modified).engine == "flex":
-        return flex.compressed_attention(
-            q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
-        )
-    return reference.compressed_attention(
+    choice = engines.choose(
+        impl,
+        "compressed",
+        q,
+        k_cmp,
+        v_cmp,
+        mods=score_mod is not None,
+        mask_mod=mask_mod,
+        static=positions is None and documents is None,
+        lse_grad=lse_grad,
+    )
+    if choice.engine == "flash":
+        return flash.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale)
+    engine = flex if choice.engine == "flex" else reference
+    out, lse = engine.compressed_attention(
         q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
     )
+    return AttentionOutput(out, lse if lse_grad else lse.detach())
 
 
 def _check_count(

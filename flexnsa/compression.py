@@ -9,7 +9,7 @@ from einops import einsum
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from flexnsa.checks import check_tensor
+from flexnsa.checks import check_tensor, known_finite
 from flexnsa.config import NSAConfig
 from flexnsa.layout import compressed_starts
 
@@ -109,8 +109,10 @@ class BlockCompressor(nn.Module):
         k_cmp, v_cmp = self.pool(k_blocks, v_blocks)
         return _restore(k_cmp.to(k.dtype), k_finite, starts), _restore(v_cmp.to(v.dtype), v_finite, starts)
 
-    def _gather(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Blocks ``[b, hk, c, l, d]`` with rows that are not finite set to 0, and which blocks had none."""
+    def _gather(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Blocks ``[b, hk, c, l, d]``, rows that are not finite set to 0, and which blocks had none; None if all."""
+        if known_finite(x):
+            return self._blocks(x, starts), None
         finite = x.isfinite().all(-1, keepdim=True)
         x = x.where(finite, 0)
         return self._blocks(x, starts), self._blocks(finite, starts).all(-2)
@@ -128,13 +130,13 @@ class BlockCompressor(nn.Module):
         return gathered.unflatten(2, (starts.shape[1], length))
 
 
-def _restore(pooled: Tensor, finite: Tensor, starts: Tensor | None) -> Tensor:
-    pooled = pooled.where(finite, torch.nan)
+def _restore(pooled: Tensor, finite: Tensor | None, starts: Tensor | None) -> Tensor:
+    pooled = pooled if finite is None else pooled.where(finite, torch.nan)
     return pooled if starts is None else pooled.where(starts[:, None, :, None] >= 0, 0)
 
 
 class MeanPool(BlockCompressor):
-    """The mean of each block: no parameters.
+    """The mean of each block: no parameters. A block that holds an infinity is infinite here, or NaN.
 
     >>> k = torch.arange(6.0).reshape(1, 1, 6, 1)
     >>> k_cmp, v_cmp = MeanPool(NSAConfig(compress_block=4, compress_stride=2, select_block=4))(k, k)
@@ -147,6 +149,10 @@ class MeanPool(BlockCompressor):
     ) -> tuple[Float[Tensor, "b hk c d"], Float[Tensor, "b hk c dv"]]:
         """The mean over the block's tokens."""
         return k_blocks.mean(-2), v_blocks.mean(-2)
+
+    def _gather(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Blocks as they are: their mean is NaN or infinite where they are, and sends nothing back to parameters."""
+        return self._blocks(x, starts), None
 
 
 class _PerHead(BlockCompressor):

@@ -57,6 +57,7 @@ class AttentionContext:
         num_tokens: KV tokens tk: the longest of the branches' sequences.
         placing: positions, documents and mask mod of the call; read them as properties of the context.
         impl: the engine asked for.
+        lse_grad: whether anything may differentiate the branches' LSE.
         selector: makes the selection when it is first asked for.
         outputs: what the branches before this one returned, by name.
         attended: what they made their scores of, by name; a branch that transforms its keys, or scores in its own way,
@@ -73,6 +74,7 @@ class AttentionContext:
     placing: Placing
     impl: Impl
     selector: Selector | None
+    lse_grad: bool = True
     outputs: dict[str, AttentionOutput] = field(default_factory=dict)
     attended: dict[str, Attended] = field(default_factory=dict)
     branch: str = ""
@@ -159,7 +161,11 @@ class AttentionContext:
 
 
 class Branch(Protocol):
-    """One way to attend. Any object with this method is a branch; an ``nn.Module`` has its parameters registered."""
+    """One way to attend. Any object with this method is a branch; an ``nn.Module`` has its parameters registered.
+
+    One that differentiates no LSE, not even its own, may say so by an attribute ``differentiates_lse = False``. Where
+    every branch and the selector say so, the LSEs come without gradients, and kernels may run that have none.
+    """
 
     def attend(
         self,
@@ -173,7 +179,7 @@ class Branch(Protocol):
 
 
 class Selector(Protocol):
-    """One way to choose blocks. Any object with this method is a selector."""
+    """One way to choose blocks. Any object with this method is a selector; ``differentiates_lse`` as of a branch."""
 
     def select(self, q: Float[Tensor, "b hq tq d"], context: AttentionContext) -> Selection:
         """The blocks of each query, by the contract of ``Selection``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flexnsa import checks
 from flexnsa.types import AttentionOutput, accumulator
 
 CHUNK_SCORES = 2**24
@@ -53,25 +55,56 @@ def attention(
     ``modify`` changes the scores before the softmax; ``reach`` bounds the keys that a range of queries can see.
     """
     dtype = accumulator(q)
-    (k, k_bad), (v, v_bad) = _quarantine(k.to(dtype)), _quarantine(v.to(dtype))
-    k_poison = torch.zeros_like(k[..., 0]).masked_fill(k_bad, torch.nan)
+    tame = modify is None and _tame(q, k, v, scale)
     recompute = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > RECOMPUTE_SCORES and torch.is_grad_enabled()
+    k, v = k.to(dtype), v.to(dtype)
+    k, v, bad = (k, v, None) if tame else _quarantined(k, v)
 
-    def attend(queries: slice) -> tuple[Tensor, Tensor]:
+    def attend(part: Tensor, queries: slice) -> tuple[Tensor, Tensor]:
         keys = slice(0, k.shape[2]) if reach is None else reach(queries)
-        mask = visible(queries, keys)
-        part = q[:, :, queries].to(dtype)
+        part, mask = part.to(dtype), visible(queries, keys)
+        if bad is None:
+            return _attend_tame(part, k[:, :, keys], v[:, :, keys], mask, scale)
+        k_poison, v_bad = (x[:, :, keys] for x in bad)
         change = None if modify is None else lambda scores: modify(scores, queries, keys)
-        return _attend(part, k[:, :, keys], v[:, :, keys], mask, k_poison[:, :, keys], v_bad[:, :, keys], scale, change)
+        return _attend(part, k[:, :, keys], v[:, :, keys], mask, k_poison, v_bad, scale, change)
 
+    ranges = list(chunks(q, k.shape[2]))
+    # Split, not sliced: the backward of a slice fills all of q.
+    parts = zip(q.split([part.stop - part.start for part in ranges], dim=2), ranges, strict=True)
     outs, lses = zip(
         *(
-            checkpoint(attend, part, use_reentrant=False, preserve_rng_state=False) if recompute else attend(part)
-            for part in chunks(q, k.shape[2])
+            checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) if recompute else attend(*part)
+            for part in parts
         ),
         strict=True,
     )
     return AttentionOutput(torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2))
+
+
+def _tame(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether all is known to be finite, the products of pairs that are not visible too: by Cauchy and Schwarz."""
+    if not all(map(checks.values_are_checked, (q, k, v))):
+        return False
+    q_norm, k_norm, v_norm = (torch.linalg.vector_norm(x.detach(), dtype=accumulator(x)).item() for x in (q, k, v))
+    bound = abs(scale) * q_norm * max(1.0, k_norm)
+    return math.isfinite(k_norm) and math.isfinite(v_norm) and bound <= torch.finfo(accumulator(q)).max
+
+
+@full_precision
+def _attend_tame(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``_attend`` where nothing has to be kept from spreading: the mask is added, which is the fastest way."""
+    scores = dot_products(q, k, scale)
+    nothing = ~visible.any(-1, keepdim=True)
+    blind = bool(nothing.any())
+    hidden = ~(visible | nothing) if blind else ~visible
+    scores = scores + torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    weights = scores.softmax(-1)
+    lse = _LSE.apply(scores, weights)
+    out = (weights.flatten(2, 3) @ v).unflatten(2, weights.shape[2:4])
+    if blind:
+        out, lse = out.masked_fill(nothing, 0), lse.masked_fill(nothing, -torch.inf)
+    return out.flatten(1, 2), lse.flatten(1, 2).squeeze(-1)
 
 
 @full_precision
@@ -103,6 +136,12 @@ def _attend(
     out = out.masked_fill(q_poison | v_poison, torch.nan).masked_fill(nothing, 0)
     lse = lse.masked_fill(q_poison, torch.nan).masked_fill(nothing, -torch.inf)
     return out.flatten(1, 2), lse.flatten(1, 2).squeeze(-1)
+
+
+def _quarantined(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Keys and values to multiply with, NaN or 0 to add to each key's scores, and which values were bad."""
+    (k, k_bad), (v, v_bad) = _quarantine(k), _quarantine(v)
+    return k, v, (torch.zeros_like(k[..., 0]).masked_fill(k_bad, torch.nan), v_bad)
 
 
 class _LSE(torch.autograd.Function):
@@ -137,7 +176,7 @@ def _quarantine(x: Tensor) -> tuple[Tensor, Tensor]:
     0 * NaN is NaN, so a NaN must not enter a product with rows that do not see it; those that do see it are set to NaN
     afterwards.
     """
-    bad = ~x.isfinite().all(-1)
+    bad = (~x.isfinite()).any(-1)
     return x.masked_fill(bad[..., None], 0), bad
 
 

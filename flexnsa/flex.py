@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
+from flexnsa.compiled import call_compiled
 from flexnsa.config import NSAConfig
 from flexnsa.dense import full_precision
-from flexnsa.engines import COMPILATIONS
-from flexnsa.layout import QueryTable, compressed_starts
+from flexnsa.layout import KeyRange, QueryTable, compressed_starts
 from flexnsa.static_masks import TILE, static_mask
 from flexnsa.types import AttentionOutput, Selection
 from flexnsa.visibility import at_last_token, compressed_mask
@@ -47,23 +47,38 @@ def compressed_attention(
     """
     count = k_cmp.shape[2]
     if count == 0:
-        table, score_mod = table._replace(visible=None), None
-    if table.visible is None and score_mod is None:
+        table, score_mod = table._replace(visible=None, mask_mod=None), None
+    if table.num_tokens is None:  # those that compressed ones summarise: what lies after them is not looked at
+        known = (count - 1) * config.compress_stride + config.compress_block
+        seen = table._replace(num_tokens=known).masked_range(q.shape[0])
+    else:
+        seen = table.masked_range(q.shape[0])
+    by_table = score_mod is None and (table.visible is None or seen is not None)
+    if by_table:
         # Whole tiles only: no key needs a check against the end, and FlexAttention cannot index keys of length 0.
         tiles = 1 if count == 0 else -(-count // TILE)
         k_cmp, v_cmp = (F.pad(x, (0, 0, 0, tiles * TILE - count)) for x in (k_cmp, v_cmp))
-    shared = table.position.shape[0] == 1
-    if table.visible is None and score_mod is None and shared and _starved(q, k_cmp, v_cmp):
-        return _by_head(q, k_cmp, v_cmp, table, config, ordered, scale)
+    shared = (table.position if seen is None else seen.last).shape[0] == 1
+    if by_table and shared and _starved(q, k_cmp, v_cmp):
+        return _by_head(q, k_cmp, v_cmp, table, config, ordered, seen, scale)
     if score_mod is not None:
         starts = compressed_starts(table.documents, config)
         score_mod = _placed(at_last_token(score_mod, starts, config), table, group=1)
-    return _attend(q, k_cmp, v_cmp, _compressed_mask(q, k_cmp, table, config, ordered), score_mod, scale)
+    return _attend(q, k_cmp, v_cmp, _compressed_mask(q, k_cmp, table, config, ordered, seen), score_mod, scale)
 
 
 def _compressed_mask(
-    q: Tensor, k_cmp: Tensor, table: QueryTable, config: NSAConfig, ordered: bool, *, repeat: int = 1
+    q: Tensor,
+    k_cmp: Tensor,
+    table: QueryTable,
+    config: NSAConfig,
+    ordered: bool,
+    seen: KeyRange | None,
+    *,
+    repeat: int = 1,
 ) -> BlockMask:
+    if seen is not None:
+        return _mask(key_range(*table.compressed_range(config, seen)), q, k_cmp, repeat=repeat)
     if table.visible is not None:
         starts = compressed_starts(table.documents, config)
         lifted = compressed_mask(table.visible, starts, config, table.num_tokens)
@@ -89,8 +104,9 @@ def window_attention(
     if ordered and not table.packed and table.visible is None:
         mask = static_mask("sliding_window", (config.window,), table.position, k.shape[2])
     else:
-        mask_mod = key_range(*table.window_range(config))
-        if table.visible is not None:
+        seen = table.masked_range(q.shape[0])
+        mask_mod = key_range(*table.window_range(config, seen))
+        if table.visible is not None and seen is None:
             mask_mod = and_masks(mask_mod, at_positions(table.visible, table.position))
         mask = _mask(mask_mod, q, k)
     return _attend(q, k, v, mask, None if score_mod is None else _placed(score_mod, table, group=1), scale)
@@ -120,13 +136,15 @@ def selected_attention(
         start=table.start if table.packed else None,
         group=group,
     )
-    if table.visible is None:
-        seen = key_range(*table.causal_range(), group=group)
+    interval = table.causal_range() if table.visible is None else table.masked_range(q.shape[0])
+    if interval is not None:
+        seen = key_range(*interval, group=group)
     else:
+        assert table.visible is not None
         seen = _placed_mask(table.visible, table, group)
     if score_mod is not None:
         score_mod = _placed(score_mod, table, group)
-    rows = rearrange(q, "b (hk g) t d -> b hk (t g) d", g=group)
+    rows = rearrange(q, "b (hk g) t d -> b hk (t g) d", hk=k.shape[1])  # the same symbol as k's: Inductor divides them
     mask = _mask(and_masks(member, seen), rows, k)
     out, lse = _attend(rows, k, v, mask, score_mod, scale, lookup=True)
     return AttentionOutput(
@@ -141,17 +159,23 @@ def _starved(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _by_head(
-    q: Tensor, k: Tensor, v: Tensor, table: QueryTable, config: NSAConfig, ordered: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: QueryTable,
+    config: NSAConfig,
+    ordered: bool,
+    seen: KeyRange | None,
+    scale: float,
 ) -> AttentionOutput:
     """The heads of a group along the batch, over one K and V: each adds up dK and dV of its own, summed at the end."""
     batch, group = q.shape[0], q.shape[1] // k.shape[1]
-    mask = _compressed_mask(q, k, table, config, ordered, repeat=group)
-    q = rearrange(q, "b (hk g) t d -> g (b hk) t d", g=group)
-    k, v = (rearrange(x, "b hk c d -> 1 (b hk) c d") for x in (k, v))
-    out, lse = _attend(q, k, v, mask, None, scale)
-    return AttentionOutput(
-        rearrange(out, "g (b hk) t d -> b (hk g) t d", b=batch), rearrange(lse, "g (b hk) t -> b (hk g) t", b=batch)
-    )
+    mask = _compressed_mask(q, k, table, config, ordered, seen, repeat=group)
+    # b (hk g) t d -> g (b hk) t d and back; einops takes longer than such a call can spare.
+    q = q.unflatten(1, (-1, group)).movedim(2, 0).flatten(1, 2)
+    k, v = (x.flatten(0, 1)[None] for x in (k, v))
+    out, lse = (x.unflatten(1, (batch, -1)).movedim(0, 2).flatten(1, 2) for x in _attend(q, k, v, mask, None, scale))
+    return AttentionOutput(out, lse)
 
 
 def _place(table: QueryTable, group: int) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -245,18 +269,7 @@ def _options(q: Tensor, k: Tensor, lookup: bool) -> FlexKernelOptions | None:
 def _attention_function(q: Tensor) -> Callable[..., tuple[Tensor, AuxOutput]]:
     if torch.compiler.is_compiling():
         return flex_attention
-    return _compiled_flex_attention if q.device.type == "cuda" else _eager_flex_attention
-
-
-def _compiled_flex_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, AuxOutput]:
-    with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
-        return _compile_once()(*args, **kwargs)
-
-
-@functools.cache
-def _compile_once() -> Callable[..., tuple[Tensor, AuxOutput]]:
-    # At the first call, not on import: torch.compile loads triton and takes a second.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return functools.partial(call_compiled, flex_attention) if q.device.type == "cuda" else _eager_flex_attention
 
 
 def _eager_flex_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, AuxOutput]:

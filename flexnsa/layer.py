@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,20 @@ from torch import Tensor, nn
 
 from flexnsa import checks
 from flexnsa.branches import CompressedBranch, ImportanceSelector, SelectedBranch, WindowBranch
-from flexnsa.cache import Append, Blocks, NSACache, check_cache, check_cache_dtype
+from flexnsa.cache import (
+    Append,
+    Blocks,
+    NSACache,
+    attend_to_cache,
+    check_cache,
+    check_cache_dtype,
+    takes_kernels,
+)
 from flexnsa.composition import SparseAttention
 from flexnsa.compression import Compressor, MLPCompressor, check_geometry, compress
 from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
-from flexnsa.gating import SigmoidGate
+from flexnsa.gating import SigmoidGate, check_recompute
 from flexnsa.layout import check_documents, compressed_starts, document_starts, resolve_positions
 from flexnsa.rotary import rotate
 from flexnsa.types import KV, BranchKV
@@ -51,6 +59,8 @@ class NativeSparseAttention(nn.Module):
         qk_norm: whether to normalise queries and keys.
         compress_rotated: whether to compress keys after norm and rotation, each at its own position, instead of before:
             the mean of a block then scores as the block's tokens do on average.
+        recompute: ``("window",)`` or ``("selected", "window")``: branches whose output is not kept for the backward
+            but computed again there: 2 bytes a token, query head and value dim less in 16 bits for each.
         impl: the engine of every stage.
 
     Raises:
@@ -71,6 +81,7 @@ class NativeSparseAttention(nn.Module):
         rope_theta: float | None = None,
         qk_norm: bool = False,
         compress_rotated: bool = False,
+        recompute: Collection[str] = (),
         impl: Impl = "auto",
     ):
         super().__init__()
@@ -78,6 +89,7 @@ class NativeSparseAttention(nn.Module):
         _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_dim, rope_theta)
         self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim = num_heads, num_kv_heads, head_dim, value_dim
         self.config, self.rope_theta, self.compress_rotated = config, rope_theta, compress_rotated
+        check_recompute(recompute, BRANCHES[1:])
         projections = ("shared",) if shared_kv else BRANCHES
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.k_proj = _projections(projections, dim, num_kv_heads * head_dim)
@@ -93,6 +105,7 @@ class NativeSparseAttention(nn.Module):
             dict(zip(BRANCHES, (CompressedBranch(config), SelectedBranch(config), WindowBranch(config)), strict=True)),
             gate=SigmoidGate(dim, num_heads, len(BRANCHES)),
             selector=ImportanceSelector(config),
+            recompute=recompute,
             impl=impl,
         )
 
@@ -246,9 +259,16 @@ class NativeSparseAttention(nn.Module):
         check_cache_dtype(cache, q)
         selected, window = (self._key(name, kv, append.position) for name, kv in zip(BRANCHES[1:], others, strict=True))
         blocks = append.blocks(raw)
-        kv = append.extend(blocks, None if blocks is None else self._compressed(blocks), selected, window)
-        out = self.attention(q, kv._asdict(), x, positions=append.positions())
-        append.commit(raw, window)
+        compressed = None if blocks is None else self._compressed(blocks)
+        if takes_kernels(self.attention, q, cache):
+            gates = self.attention.gate(x).to(q.dtype)
+            append.store(blocks, compressed, selected)
+            append.commit(raw, window)
+            out = attend_to_cache(q, gates, cache)
+        else:
+            kv = append.extend(blocks, compressed, selected, window)
+            out = self.attention(q, kv._asdict(), x, positions=append.positions())
+            append.commit(raw, window)
         return append.unpack(self._output(out))
 
     def _compressed(self, blocks: Blocks) -> KV:

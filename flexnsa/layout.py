@@ -6,6 +6,7 @@ the tables made here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flexnsa.checks import check_mask_mod, values_are_checked
 from flexnsa.config import NSAConfig
-from flexnsa_masks import MaskMod, and_masks, document
+from flexnsa_masks import MaskMod, and_masks, document, interval_of
+from flexnsa_masks.geometry import name_of
+
+_LONGEST_KEPT = 2**20  # queries; 16 MiB
+_LOOKED_AT = 8  # queries for which a mask mod is compared with its interval
 
 # Each stage of a call is public and is given the same ids: their values are read by the first, and again once changed.
 _SOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -40,6 +45,8 @@ class QueryTable(NamedTuple):
         documents: document of each KV token, or None.
         visible: mask mod over absolute token numbers that replaces causality, documents included, or None.
         num_tokens: KV tokens tk, or None where the caller cannot know it.
+        mask_mod: the call's mask mod, documents not included, or None.
+        end: last token of the query's document; None without documents, or without a mask mod.
     """
 
     position: Int64[Tensor, "b tq"]
@@ -48,6 +55,8 @@ class QueryTable(NamedTuple):
     documents: Int[Tensor, "b tk"] | None = None
     visible: MaskMod | None = None
     num_tokens: int | None = None
+    mask_mod: MaskMod | None = None
+    end: Int64[Tensor, "b tq"] | None = None
 
     @property
     def packed(self) -> bool:
@@ -58,19 +67,49 @@ class QueryTable(NamedTuple):
         """Tokens of the query's document up to itself."""
         return KeyRange(self.start, self.position)
 
-    def window_range(self, config: NSAConfig) -> KeyRange:
-        """The last ``window`` tokens, the query's own included."""
-        return KeyRange(torch.maximum(self.start, self.position - config.window + 1), self.position)
+    def masked_range(self, batch: int) -> KeyRange | None:
+        """Tokens that the mask mod lets each query see, where it says that they are an interval; else None.
 
-    def compressed_range(self, config: NSAConfig) -> KeyRange:
-        """Compressed tokens all of whose tokens are visible: those that end at or before the query."""
-        complete = (self.position - self.start + 1 - config.compress_block) // config.compress_stride + 1
-        return KeyRange(self.offset, self.offset + complete.clamp(min=0) - 1)
+        Raises:
+            ValueError: it says otherwise than it does; some queries are looked at, on a CPU or inside ``debug()``.
+        """
+        interval = None if self.mask_mod is None else interval_of(self.mask_mod)
+        if interval is None:
+            return None
+        row, query = torch.arange(batch, device=self.position.device)[:, None], self.position.clamp(min=0)
+        last = interval.last(row, query)
+        first = torch.zeros_like(last) if interval.first is None else interval.first(row, query)
+        if self.num_tokens is not None and values_are_checked(query):
+            _check_interval(self.mask_mod, row, query, first, last, self.num_tokens)
+        first = torch.maximum(first, self.start)
+        if self.end is not None:
+            last = torch.minimum(last, self.end)
+        elif self.num_tokens is not None:
+            last = last.clamp(max=self.num_tokens - 1)
+        first, last, position = torch.broadcast_tensors(first, last, self.position)
+        return KeyRange(first.contiguous(), last.masked_fill((position < 0) | (last < first), -1))
+
+    def window_range(self, config: NSAConfig, seen: KeyRange | None = None) -> KeyRange:
+        """The last ``window`` tokens, the query's own included; of those in ``seen`` where that is given."""
+        first = torch.maximum(self.start, self.position - config.window + 1)
+        if seen is None:
+            return KeyRange(first, self.position)
+        return KeyRange(torch.maximum(first, seen.first), torch.minimum(self.position, seen.last))
+
+    def compressed_range(self, config: NSAConfig, seen: KeyRange | None = None) -> KeyRange:
+        """Compressed tokens all of whose tokens are visible: up to the query, or in ``seen`` where that is given."""
+        first, last = self.causal_range() if seen is None else seen
+        complete = (last - self.start + 1 - config.compress_block) // config.compress_stride + 1
+        hidden = (first - self.start + config.compress_stride - 1) // config.compress_stride
+        return KeyRange(self.offset + hidden, self.offset + complete.clamp(min=0) - 1)
 
     def slice(self, queries: slice) -> QueryTable:
         """The table of some of the queries."""
         return self._replace(
-            position=self.position[:, queries], start=self.start[:, queries], offset=self.offset[:, queries]
+            position=self.position[:, queries],
+            start=self.start[:, queries],
+            offset=self.offset[:, queries],
+            end=None if self.end is None else self.end[:, queries],
         )
 
 
@@ -135,8 +174,8 @@ def query_table(
     position = resolve_positions(positions, q, num_tokens)
     if documents is None:
         num_tokens = q.shape[2] if num_tokens is None and positions is None else num_tokens
-        zero = torch.zeros_like(position)
-        return QueryTable(position, zero, zero, visible=mask_mod, num_tokens=num_tokens)
+        zero = torch.zeros_like(position) if positions is not None else _counted(q)[1]
+        return QueryTable(position, zero, zero, visible=mask_mod, num_tokens=num_tokens, mask_mod=mask_mod)
     # Indices out of range are refused above where values may be read; elsewhere they must at least stay in memory.
     at = position.clamp(0, documents.shape[1] - 1).expand(documents.shape[0], -1)
     real = documents.gather(1, at) >= 0
@@ -150,6 +189,8 @@ def query_table(
         documents,
         None if mask_mod is None else and_masks(mask_mod, document(documents)),
         num_tokens,
+        mask_mod,
+        None if mask_mod is None else _document_ends(documents).gather(1, at),
     )
 
 
@@ -181,6 +222,28 @@ def document_starts(documents: Int[Tensor, "b tk"]) -> Int64[Tensor, "b tk"]:
     index = torch.arange(documents.shape[1], device=documents.device)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     return torch.where(begins, index, 0).cummax(1).values
+
+
+def _check_interval(
+    mask_mod: MaskMod | None, row: Tensor, query: Tensor, first: Tensor, last: Tensor, num_tokens: int
+) -> None:
+    assert mask_mod is not None
+    query, first, last = torch.broadcast_tensors(query, first, last)
+    key, step = torch.arange(num_tokens, device=query.device), max(1, query.shape[1] // _LOOKED_AT)
+    query, first, last = (x[:, ::step, None] for x in (query, first, last))
+    told = (first <= key) & (key <= last)
+    if (mask_mod(row[: len(query), :, None], torch.zeros_like(row[:1, :, None]), query, key) != told).any():
+        raise ValueError(
+            f"mask_mod {name_of(mask_mod)} sees other keys than its interval, first .. last, says; correct what was "
+            f"given to with_interval, or leave it out"
+        )
+
+
+def _document_ends(documents: Tensor) -> Tensor:
+    """For each token the last token of its document."""
+    index = torch.arange(documents.shape[1], device=documents.device)
+    ends = F.pad(documents[:, 1:] != documents[:, :-1], (0, 1), value=True)
+    return torch.where(ends, index, documents.shape[1]).flip(1).cummin(1).values.flip(1)
 
 
 def compressed_starts(documents: Int[Tensor, "b tk"] | None, config: NSAConfig) -> Int64[Tensor, "b c"] | None:
@@ -215,7 +278,7 @@ def resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | Non
                 f"positions is None, which needs as many queries as KV tokens, got tq={queries} and tk={num_tokens}; "
                 f"pass positions=, the absolute position of each query"
             )
-        return torch.arange(queries, device=q.device)[None]
+        return _counted(q)[0]
     if not isinstance(positions, Tensor):
         raise TypeError(f"positions must be a tensor [tq] or [b, tq], got {type(positions).__name__}; use torch.tensor")
     if positions.dtype not in (torch.int32, torch.int64):
@@ -229,6 +292,30 @@ def resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | Non
     if values_are_checked(positions):
         _check_position_values(positions, num_tokens)
     return positions.reshape(-1, queries).long()
+
+
+def _counted(q: Tensor) -> tuple[Tensor, Tensor]:
+    """0 .. tq-1 and as many zeros, int64 ``[1, tq]``, for queries ``[b, hq, tq, d]``; not to be written to.
+
+    Kept between eager calls on CUDA, where each of a call's stages would launch two kernels for them; but not where
+    tensors hold no values yet, as fake ones, or those of a CUDA graph's capture.
+    """
+    if q.device.type != "cuda" or torch.compiler.is_compiling() or type(q) is not Tensor or q.shape[2] > _LONGEST_KEPT:
+        return _count(q.shape[2], q.device)
+    if torch.cuda.is_current_stream_capturing():
+        return _count(q.shape[2], q.device)
+    # Another stream would have to wait for them.
+    return _count_once(q.shape[2], q.device, torch.cuda.current_stream(q.device).cuda_stream)
+
+
+def _count(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.arange(queries, device=device)[None], torch.zeros(1, queries, dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _count_once(queries: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # what a validation makes, training must be able to save for its backward
+        return _count(queries, device)
 
 
 def _check_position_values(positions: Tensor, num_tokens: int | None) -> None:

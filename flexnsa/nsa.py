@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Float, Int
@@ -12,11 +14,11 @@ from flexnsa.compressed import compressed_attention
 from flexnsa.compression import Compressor, compress
 from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
-from flexnsa.gating import combine
+from flexnsa.gating import Deferred, check_recompute, combine
 from flexnsa.layout import check_documents, resolve_positions
 from flexnsa.selected import selected_attention
 from flexnsa.selection import select_blocks
-from flexnsa.types import BranchKV, Selection
+from flexnsa.types import AttentionOutput, BranchKV, Selection
 from flexnsa.window import window_attention
 from flexnsa_masks import MaskMod
 
@@ -33,6 +35,7 @@ def native_sparse_attention(
     documents: Int[Tensor, "b tk"] | None = None,
     selection: Selection | None = None,
     mask_mod: MaskMod | None = None,
+    recompute: Collection[str] = (),
     impl: Impl = "auto",
 ) -> Float[Tensor, "b hq tq dv"]:
     """Compressed, selected and window attention, mixed by gates.
@@ -57,7 +60,9 @@ def native_sparse_attention(
         documents: int ``[b, tk]``, non-decreasing document ids of packed rows, -1 for padding, which outputs 0.
         selection: blocks to attend to instead of the most important ones: replays a choice.
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
-        impl: ``"auto"``, ``"triton"``, ``"flex"`` or ``"reference"``.
+        recompute: ``("window",)`` or ``("selected", "window")``: branches whose output ``[b, hq, tq, dv]`` is not kept
+            for the backward but computed again there, with the same selection.
+        impl: ``"auto"``, ``"flash"``, ``"triton"``, ``"flex"`` or ``"reference"``.
 
     Returns:
         ``[b, hq, tq, dv]`` in q's dtype.
@@ -67,6 +72,7 @@ def native_sparse_attention(
         NotImplementedError: the engine asked for cannot run this call.
     """
     _check(q, kv, gates, compressor, documents)
+    check_recompute(recompute, ("selected", "window"))
     options: dict[str, Any] = {
         "scale": scale,
         "positions": positions,
@@ -78,12 +84,16 @@ def native_sparse_attention(
     resolve_positions(positions, q, num_tokens)  # refused here, since compressed tokens alone do not tell tk
 
     k_cmp, v_cmp = compress(compressor, *kv.compressed, config, documents=documents)
-    compressed = compressed_attention(q, k_cmp, v_cmp, config, **options)
+    compressed = compressed_attention(q, k_cmp, v_cmp, config, lse_grad=False, **options)
     if selection is None:
         selection = select_blocks(q, k_cmp, compressed.lse, config, num_tokens=num_tokens, **options)
-    selected = selected_attention(q, *kv.selected, selection, config, **options)
-    window = window_attention(q, *kv.window, config, **options)
-    return combine(gates, (compressed, selected, window))
+    selected = partial(selected_attention, q, *kv.selected, selection, config, **options)
+    window = partial(window_attention, q, *kv.window, config, lse_grad=False, **options)
+    return combine(gates, (compressed, _attend("selected", selected, recompute), _attend("window", window, recompute)))
+
+
+def _attend(name: str, attend: Callable[[], AttentionOutput], recompute: Collection[str]) -> AttentionOutput | Deferred:
+    return Deferred(attend) if name in recompute else attend()
 
 
 def _check(q: Tensor, kv: BranchKV, gates: Tensor, compressor: Compressor | None, documents: Tensor | None) -> None:

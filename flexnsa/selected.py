@@ -54,15 +54,14 @@ def selected_attention(
     checks.check_score_mod(score_mod)
     scale = checks.resolve_scale(scale, q.shape[-1])
     table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents, mask_mod=mask_mod)
-    modified = mask_mod is not None or score_mod is not None
-    engine = engines.choose(impl, "selected", q, k, v, mods=modified).engine
+    engine = engines.choose(impl, "selected", q, k, v, mods=score_mod is not None, mask_mod=mask_mod).engine
     if engine == "triton":
         from flexnsa.kernels.selected import selected_attention as kernel  # imports triton
 
-        block = config.select_block
-        return AttentionOutput(
-            *kernel(q, k, v, selection.indices, table.position, table.start, select_block=block, scale=scale)
-        )
+        start = table.start if table.packed else table.start[:, :1]
+        low, last = table.masked_range(q.shape[0]) or (None, table.position)
+        where = (selection.indices, last, start)
+        return AttentionOutput(*kernel(q, k, v, *where, select_block=config.select_block, scale=scale, low=low))
     if engine == "flex":
         return flex.selected_attention(q, k, v, selection, table, config, scale=scale, score_mod=score_mod)
     return reference.selected_attention(

@@ -32,6 +32,10 @@ def select_blocks(
     Forced are the first ``num_initial`` and the last ``num_local`` blocks. The others follow by importance descending,
     then block index ascending; NaN ranks last. A block that starts after the query is never chosen. No gradient.
 
+    Importance is a sum in float32. Where compressed tokens have one and the same probability, blocks that share equally
+    many tokens with them tie, on every engine. Sums of unlike probabilities may differ between engines in their last
+    bits, and with them which of two nearly equal blocks is chosen.
+
     Args:
         q: queries ``[b, hq, tq, d]``.
         k_cmp: compressed keys ``[b, hk, c, d]``.
@@ -58,8 +62,8 @@ def select_blocks(
     scale = checks.resolve_scale(scale, q.shape[-1])
     table = query_table(q, config, num_tokens=num_tokens, positions=positions, documents=documents, mask_mod=mask_mod)
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
-    modified = mask_mod is not None or score_mod is not None
-    choice = engines.choose(impl, "selection", q, k_cmp, mods=modified, num_selected=config.num_selected)
+    mods, most = score_mod is not None, config.num_selected
+    choice = engines.choose(impl, "selection", q, k_cmp, mods=mods, mask_mod=mask_mod, num_selected=most)
     if choice.engine == "triton":
         from flexnsa.kernels.scoring import select_blocks as kernel  # imports triton
 
@@ -70,6 +74,7 @@ def select_blocks(
             table.position,
             table.start,
             table.offset,
+            *(table.masked_range(q.shape[0]) or ()),
             num_blocks=config.num_blocks(num_tokens),
             compress_block=config.compress_block,
             compress_stride=config.compress_stride,

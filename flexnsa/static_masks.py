@@ -1,16 +1,18 @@
-"""Block masks that follow from the lengths alone: kept between eager calls, and one opaque operator under compile.
+"""Block masks that follow from the lengths alone: made once for a length, not in every call.
 
-Opaque, since the tables' arithmetic would otherwise make up much of a compiled layer's graph, for tensors of kilobytes,
-and since torch 2.11's Inductor fails on some of it.
+A compiled graph gets copies of their tables from one opaque operator: their arithmetic would make up much of the graph,
+for tensors of kilobytes, and torch 2.11's Inductor fails on some of it.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -39,7 +41,13 @@ _TABLES = (
 
 
 def static_mask(
-    pattern: Pattern, sizes: tuple[int, ...], position: Int64[Tensor, "1 tq"], kv_len: int, *, repeat: int = 1
+    pattern: Pattern,
+    sizes: tuple[int, ...],
+    position: Int64[Tensor, "1 tq"],
+    kv_len: int,
+    *,
+    repeat: int = 1,
+    for_flash: bool = False,
 ) -> BlockMask:
     """The block mask of ``pattern(*sizes)`` for queries at 0 .. tq-1.
 
@@ -49,13 +57,19 @@ def static_mask(
         position: int64 ``[1, tq]``; only the shape and the device are read.
         kv_len: keys.
         repeat: batch size of the mask's tables.
+        for_flash: whether FLASH reads the mask: its mod then holds the sizes as constants, for which a graph is
+            compiled anew, not as numbers that it is given in each call; and its tables are as long as there are tiles.
     """
+    tables: dict[str, Any]
     if torch.compiler.is_compiling():
         tables = dict(zip(_TABLES, _static_tables(position, pattern, sizes, kv_len, repeat), strict=True))
+        if for_flash:
+            tables = {name: x[..., :-1] if x.ndim == 3 else x[..., :-1, :-1] for name, x in tables.items()}
     else:
         tables = _kept_or_new(position, pattern, sizes, kv_len, repeat)
     lengths = (position.shape[1], kv_len)
-    return BlockMask(seq_lengths=lengths, BLOCK_SIZE=(TILE, TILE), mask_mod=_mod(pattern, *sizes), **tables)
+    mod = _constant_mod(pattern, *sizes) if for_flash else _mod(pattern, *sizes)
+    return BlockMask(seq_lengths=lengths, BLOCK_SIZE=(TILE, TILE), mask_mod=mod, **tables)
 
 
 def _mod(pattern: Pattern, *sizes: int) -> MaskMod:
@@ -67,46 +81,74 @@ def _mod(pattern: Pattern, *sizes: int) -> MaskMod:
     return lambda b, h, q_idx, kv_idx: kv_idx * stride + (block - 1) <= q_idx
 
 
+def _constant_mod(pattern: Pattern, *sizes: int) -> MaskMod:
+    """``_mod`` with its sizes as defaults of arguments, which Dynamo takes for constants; of cells it makes inputs.
+
+    ``operator.index`` makes constants of what are symbols where this is part of a graph itself.
+    """
+    first, *others = (operator.index(size) for size in sizes)
+
+    def sliding_window(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, window: int = first) -> Tensor:
+        return (kv_idx <= q_idx) & (kv_idx > q_idx - window)
+
+    if pattern == "sliding_window":
+        return sliding_window
+    (stride,) = others
+
+    def compressed(
+        b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, last: int = first - 1, s: int = stride
+    ) -> Tensor:
+        return kv_idx * s + last <= q_idx
+
+    return compressed
+
+
 @torch.library.custom_op("flexnsa::static_mask_tables", mutates_args=())
 def _static_tables(position: Tensor, pattern: str, sizes: Sequence[int], kv_len: int, repeat: int) -> list[Tensor]:
-    """The tables in the order of ``_TABLES``.
+    """The tables in the order of ``_TABLES``, with one row and one column more than there are tiles.
 
-    New ones at each call: a compiled graph reuses their memory, and a CUDA graph keeps all that it allocates to itself.
+    With them no axis is ever of length 1, for which Dynamo would compile a graph of its own. Copies, since a compiled
+    graph reuses their memory.
     """
-    return list(_build(pattern, tuple(sizes), position.shape[1], kv_len, repeat, position.device).values())
+    tables = _kept_or_new(position, pattern, tuple(sizes), kv_len, repeat, spare=1)
+    return [table.clone() for table in tables.values()]
 
 
 @_static_tables.register_fake
 def _(position: Tensor, pattern: str, sizes: Sequence[int], kv_len: int, repeat: int) -> list[Tensor]:
-    rows, columns = -(-position.shape[1] // TILE), -(-kv_len // TILE)
+    rows, columns = -(-position.shape[1] // TILE) + 1, -(-kv_len // TILE) + 1
     by_row = [(repeat, 1, rows), (repeat, 1, rows, columns)]
     by_column = [(repeat, 1, columns), (repeat, 1, columns, rows)]
     return [position.new_empty(shape, dtype=torch.int32) for shape in 2 * (by_row + by_column)]
 
 
-def _kept_or_new(position: Tensor, pattern: str, sizes: Sequence[int], kv_len: int, repeat: int) -> dict[str, Tensor]:
-    """The tables by name. Not kept where tensors hold no values yet: fake ones, or those of a CUDA graph's capture."""
-    q_len, device, stream = position.shape[1], position.device, 0
+def _kept_or_new(
+    position: Tensor, pattern: str, sizes: tuple[int, ...], kv_len: int, repeat: int, *, spare: int = 0
+) -> dict[str, Tensor]:
+    """The tables by name, kept for later calls on the default stream, unless the tensors are fake ones.
+
+    Calls on another stream would have to wait for those tables; and CUDA graphs are recorded there, for which
+    torch.compile refuses whatever stays allocated.
+    """
+    q_len, device = position.shape[1], position.device
     keep = type(position) is Tensor and -(-q_len // TILE) * -(-kv_len // TILE) * repeat <= KEPT_TILES
     if device.type == "cuda":
-        keep = keep and not torch.cuda.is_current_stream_capturing()
-        stream = torch.cuda.current_stream(device).cuda_stream  # another one would have to wait for the tables
-    if not keep:
-        return _build(pattern, tuple(sizes), q_len, kv_len, repeat, device)
-    return _kept(pattern, tuple(sizes), q_len, kv_len, repeat, device, stream)
+        keep = keep and torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+    return (_kept if keep else _build)(pattern, sizes, q_len, kv_len, repeat, spare, device)
 
 
 @functools.lru_cache(maxsize=KEPT_MASKS)
 def _kept(
-    pattern: str, sizes: tuple[int, ...], q_len: int, kv_len: int, repeat: int, device: torch.device, stream: int
+    pattern: str, sizes: tuple[int, ...], q_len: int, kv_len: int, repeat: int, spare: int, device: torch.device
 ) -> dict[str, Tensor]:
     with torch.inference_mode(False):  # what a validation builds, training must be able to save for its backward
-        return _build(pattern, sizes, q_len, kv_len, repeat, device)
+        return _build(pattern, sizes, q_len, kv_len, repeat, spare, device)
 
 
 def _build(
-    pattern: str, sizes: tuple[int, ...], q_len: int, kv_len: int, repeat: int, device: torch.device
+    pattern: str, sizes: tuple[int, ...], q_len: int, kv_len: int, repeat: int, spare: int, device: torch.device
 ) -> dict[str, Tensor]:
     mod = compressed(*sizes) if pattern == "compressed" else sliding_window(*sizes)
     mask = block_mask(mod, q_len=q_len, kv_len=kv_len, block_size=TILE, device=device, repeat=repeat)
-    return {name: cast(Tensor, getattr(mask, name)) for name in _TABLES}
+    tables = {name: cast(Tensor, getattr(mask, name)) for name in _TABLES}
+    return {name: F.pad(x, (0, spare) if x.ndim == 3 else (0, spare, 0, spare)) for name, x in tables.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flexnsa import checks, engines, flex, reference
+from flexnsa import checks, engines, flash, flex, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
 from flexnsa.types import AttentionOutput
@@ -23,6 +23,7 @@ def window_attention(
     documents: Int[Tensor, "b tk"] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
+    lse_grad: bool = True,
     impl: engines.Impl = "auto",
 ) -> AttentionOutput:
     """Attention of the query at position t to keys ``t - window + 1 .. t``: exactly ``window`` keys, its own included.
@@ -37,6 +38,8 @@ def window_attention(
         documents: int ``[b, tk]``, document of each KV token, -1 for padding.
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
         score_mod: FlexAttention score mod over absolute token numbers and query heads.
+        lse_grad: whether the LSE is differentiable. False takes its gradient away, on every engine, and lets FLASH's
+            kernels run, which have none.
         impl: the engine.
 
     Returns:
@@ -50,11 +53,21 @@ def window_attention(
     checks.check_score_mod(score_mod)
     scale = checks.resolve_scale(scale, q.shape[-1])
     table = query_table(q, config, num_tokens=k.shape[2], positions=positions, documents=documents, mask_mod=mask_mod)
-    modified = mask_mod is not None or score_mod is not None
-    if engines.choose(impl, "window", q, k, v, mods=modified).engine == "flex":
-        return flex.window_attention(
-            q, k, v, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
-        )
-    return reference.window_attention(
+    choice = engines.choose(
+        impl,
+        "window",
+        q,
+        k,
+        v,
+        mods=score_mod is not None,
+        mask_mod=mask_mod,
+        static=positions is None and documents is None,
+        lse_grad=lse_grad,
+    )
+    if choice.engine == "flash":
+        return flash.window_attention(q, k, v, table, config, scale=scale)
+    engine = flex if choice.engine == "flex" else reference
+    out, lse = engine.window_attention(
         q, k, v, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
     )
+    return AttentionOutput(out, lse if lse_grad else lse.detach())

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from bench.cli import main
 from bench.distributed.run import Run, Shape
 from bench.distributed.ways import WAYS
-from bench.learn.parallel import Ranks
+from bench.parallel import Ranks
 from flexnsa import NSAConfig
 
 CONFIG = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_local=1, window=5)

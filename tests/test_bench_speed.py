@@ -1,27 +1,34 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench.cli import main
 from bench.interrupt import Interrupt
-from bench.speed import cases, engines, pictures, report
+from bench.speed import cases, engines, pictures, report, run
 from bench.speed.cases import CASES, Case
 from bench.speed.cost import costs, fit, flops
-from bench.speed.inputs import shared_blocks, tensors
+from bench.speed.inputs import mixed_lengths, shared_blocks, tensors
 from bench.speed.measure import spread, time_call
 from bench.speed.run import Run
 from bench.speed.stages import stages
 from flexnsa import BranchKV, MeanPool, NSAConfig, native_sparse_attention
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent.parent / "bench/results/speed"
 GEOMETRY = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_local=1, window=5)
 TINY = Case("tiny", 2, 1, 8, 8, (32, 48), config=GEOMETRY)
 
 
 def run_of(folder, **changes):
-    options = {"cases": [TINY], "engines": ["flexnsa-eager", "sdpa"], "budget": 1.0, "say": lambda line: None} | changes
+    options = {
+        "cases": [TINY],
+        "engines": ["flexnsa-eager", "sdpa", engines.STAGES],
+        "budget": 1.0,
+        "say": lambda line: None,
+    } | changes
     return Run(device=CPU, dtype=torch.float32, path=folder / "rows.json", **options)
 
 
@@ -43,7 +50,7 @@ def test_the_command_writes_rows_and_pictures(tmp_path, capsys):
 
 
 def test_a_missing_baseline_is_a_row_that_says_so(tmp_path):
-    result = run_of(tmp_path, engines=["cudnn", "fla-nsa", "flexnsa-triton"], breakdown=False).run(Interrupt())
+    result = run_of(tmp_path, engines=["cudnn", "fla-nsa", "flexnsa-triton"]).run(Interrupt())
     assert [row["engine"] for row in result["rows"]] == ["cudnn", "fla-nsa", "flexnsa-triton"]
     assert all(row["missing"] and "forward_ms" not in row for row in result["rows"])
 
@@ -56,7 +63,7 @@ def test_a_failure_is_a_row_and_the_rest_is_measured(tmp_path, monkeypatch):
         return call
 
     monkeypatch.setitem(engines.ENGINES, "cudnn", broken)
-    result = run_of(tmp_path, engines=["cudnn", "sdpa"], breakdown=False).run(Interrupt())
+    result = run_of(tmp_path, engines=["cudnn", "sdpa"]).run(Interrupt())
     assert [row.get("missing") for row in result["rows"]] == 2 * ["RuntimeError: no kernel for this"] + 2 * [None]
 
 
@@ -71,9 +78,48 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
     assert json.loads((tmp_path / "rows.json").read_text()) == result
 
 
+def test_a_row_that_takes_too_long_says_so_and_the_rest_is_measured(tmp_path, monkeypatch):
+    def endless(case, device):
+        def call(x):
+            while True:
+                pass
+
+        return call
+
+    monkeypatch.setitem(engines.ENGINES, "cudnn", endless)
+    options = {"engines": ["cudnn", "sdpa"], "row_seconds": 0.2}
+    result = run_of(tmp_path, **options).run(Interrupt())
+    reason = "OutOfTimeError: took longer than 0.2 s"
+    assert [row.get("missing") for row in result["rows"]] == 2 * [reason] + 2 * [None]
+
+
+def test_the_longest_rows_come_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "VERY_LONG", 40)
+    result = run_of(tmp_path, engines=["flexnsa-eager", "sdpa"]).run(Interrupt())
+    assert [(row["engine"], row["tokens"]) for row in result["rows"]] == [
+        *(("flexnsa-eager", 32), ("sdpa", 32)),
+        *(("flexnsa-eager", 48), ("sdpa", 48)),
+    ]
+
+
+def test_rows_whose_turn_does_not_come_say_so(tmp_path):
+    result = run_of(tmp_path, seconds=0.0).run(Interrupt())
+    assert len(result["rows"]) == 6 and all("turn did not come" in row["missing"] for row in result["rows"])
+
+
+def test_every_row_of_nsa_says_how_alike_neighbours_select(tmp_path):
+    result = run_of(tmp_path).run(Interrupt())
+    x = tensors(TINY, 48, CPU, torch.float32)
+    expected = shared_blocks({s.name: s for s in stages(TINY, x)}["selection"].call())
+    rows = [row for row in result["rows"] if row["stage"] == "whole"]
+    found = {(row["engine"], row["tokens"]): row.get("shared_blocks") for row in rows}
+    assert found["flexnsa-eager", 48] == pytest.approx(expected) and found["sdpa", 48] is None
+    assert f"{expected:.1f} at 48 tokens" in report.report(result)
+
+
 def test_slow_engines_stop_early_unless_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(engines.LONGEST, "sdpa", 40)
-    options = {"engines": ["sdpa"], "breakdown": False}
+    options = {"engines": ["sdpa"]}
     lengths = [row["tokens"] for row in run_of(tmp_path, **options).run(Interrupt())["rows"] if "forward_ms" in row]
     assert lengths == [32]
     everywhere = run_of(tmp_path, **options, everywhere=True).run(Interrupt())
@@ -89,13 +135,45 @@ def test_every_engine_computes_attention():
     torch.testing.assert_close(engines.dense(TINY, CPU, backend=None)(x), scores.softmax(-1) @ x.v)
 
 
-def test_the_stages_are_those_of_the_whole():
+@pytest.mark.parametrize("documents", [1, 3])
+def test_a_composition_computes_the_same(documents):
+    case = replace(TINY, documents=documents)
+    x = tensors(case, 48, CPU, torch.float32)
+    plain = engines.nsa(case, CPU, impl="auto", compiled=False)(x)
+    torch.testing.assert_close(engines.composed(case, CPU, compiled=False)(x), plain)
+
+
+@pytest.mark.parametrize(("documents", "tokens"), [(1, 7), (32, 65536), (5, 100)])
+def test_documents_of_mixed_lengths_fill_a_row(documents, tokens):
+    lengths = mixed_lengths(documents, tokens)
+    assert len(lengths) == documents and sum(lengths) == tokens and min(lengths) >= 1
+
+
+@pytest.mark.parametrize("engine", ["sdpa", "cudnn", "flex-dense"])
+def test_dense_attention_is_not_given_packed_rows(engine, tmp_path):
+    result = run_of(tmp_path, cases=[replace(TINY, documents=3)], engines=[engine]).run(Interrupt())
+    assert all(row["missing"] for row in result["rows"])
+
+
+@pytest.mark.parametrize("engine", ["flexnsa-recompute-window", "flexnsa-recompute-both"])
+def test_recomputing_engines_compute_the_same(engine):
     x = tensors(TINY, 48, CPU, torch.float32)
-    found = {stage.name: stage.call() for stage in stages(TINY, x)}
+    grads = []
+    for name in ("flexnsa-eager", engine):
+        out = engines.ENGINES[name](TINY, CPU)(x)
+        grads.append(torch.autograd.grad(out, x.leaves, x.grad))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+def test_the_stages_are_those_of_the_whole(documents):
+    case = replace(TINY, documents=documents)
+    x = tensors(case, 48, CPU, torch.float32)
+    found = {stage.name: stage.call() for stage in stages(case, x)}
     assert list(found) == ["compression", "compressed", "selection", "selected", "window", "gates"]
     branches = [found[name] for name in ("compressed", "selected", "window")]
     mixed = sum(gate[..., None] * out for gate, out in zip(x.gates.unbind(-1), branches, strict=True))
-    torch.testing.assert_close(mixed, engines.nsa(TINY, CPU, impl="reference", compiled=False)(x))
+    torch.testing.assert_close(mixed, engines.nsa(case, CPU, impl="reference", compiled=False)(x))
 
 
 def test_correlated_inputs_select_alike_and_keep_their_variance():
@@ -165,13 +243,34 @@ def test_the_figure_shows_every_engine_and_stage(tmp_path):
     assert {text.get_text() for text in legend.get_texts()} >= {"compressed", "selection", "selected", "window"}
 
 
-@pytest.mark.parametrize("options", [["--tokens", "0"], ["--milliseconds", "-1"], ["--engine", "nothing"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--tokens", "0"], ["--milliseconds", "-1"], ["--minutes", "0"], ["--threads", "0"], ["--engine", "nothing"]],
+)
 def test_bad_options_are_refused(options, capsys):
     with pytest.raises(SystemExit):
         main(["speed", *options])
     assert options[0].removeprefix("--") in capsys.readouterr().err
 
 
+def test_the_record_says_that_a_composition_costs_nothing():
+    """Within 2% of the function at 8,192 tokens and above, compiled and not."""
+    rows = json.loads((RESULTS / "h200-composed.json").read_text())["rows"]
+    times = {(row["engine"], row["tokens"]): row for row in rows}
+    for pair in (("flexnsa", "flexnsa-composed"), ("flexnsa-eager", "flexnsa-composed-eager")):
+        for tokens in {row["tokens"] for row in rows if row["engine"] == pair[0]}:
+            bare, composed = (times[engine, tokens] for engine in pair)
+            for part in ("forward_ms", "backward_ms"):
+                assert composed[part] <= 1.02 * bare[part], (pair, tokens, part)
+
+
+def test_the_record_says_that_packing_costs_less_than_one_long_document():
+    rows = json.loads((RESULTS / "h200-eager.json").read_text())["rows"]
+    whole = {row["case"]: row for row in rows if row["tokens"] == 65536 and "forward_ms" in row}
+    for part in ("forward_ms", "backward_ms"):
+        assert whole["64q-4kv-128-packed"][part] <= whole["64q-4kv-128"][part]
+
+
 def test_the_cases_of_the_presets_exist():
     assert set(cases.ON_CUDA + cases.ON_CPU) == set(CASES)
-    assert set(engines.ON_CUDA + engines.ON_CPU) <= set(engines.ENGINES)
+    assert set(engines.ON_CUDA + engines.ON_CPU) <= {*engines.ENGINES, engines.STAGES}

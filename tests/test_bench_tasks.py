@@ -96,6 +96,7 @@ def test_the_command_trains_on_a_synthetic_task(name, tmp_path, capsys):
         assert None in row["position_bits"] and max(x for x in row["position_bits"] if x is not None) > 0
     printed = capsys.readouterr().out
     assert "accuracy" in printed and f"bits/{result['unit']}" in printed and "continues" not in printed
+    assert f"{result['random_hits']:.3f} where free slots are filled at random" in printed
     assert (tmp_path / "selection.png").exists() and not (tmp_path / "attention.png").exists()
 
 
@@ -103,9 +104,9 @@ def test_accuracy_is_the_share_of_labels_found():
     task = CopyTask(vocabulary=8)
     twin = Twin("full", replace(TINY, context=12), task.vocabulary, torch.device("cpu"))
 
-    def knows_the_first_answer_only(inputs, documents=None):
-        answers = torch.full_like(inputs, SEPARATOR)
-        answers[:, 6] = inputs[:, 0]
+    def knows_the_first_answer_only(inputs, places):
+        answers = torch.full_like(places, SEPARATOR)
+        answers[places == 6] = inputs[:, 0]
         return torch.nn.functional.one_hot(answers, task.vocabulary).float()
 
     twin.network = knows_the_first_answer_only

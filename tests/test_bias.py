@@ -233,7 +233,7 @@ def test_the_graph_is_whole():
 
 def test_what_cannot_be():
     q, kv, x = problem(torch.float32)
-    with pytest.raises(NotImplementedError, match="take no mask_mod or score_mod"):
+    with pytest.raises(NotImplementedError, match="take no score_mod"):
         composition("triton")(q, kv, x)
     case = small()
     y = case.inputs()

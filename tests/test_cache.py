@@ -15,9 +15,11 @@ import flexnsa.cache.append
 import flexnsa.cache.cache
 import flexnsa.cache.fill
 import flexnsa.checks
+import flexnsa.layer
 import flexnsa.layout
 from conftest import assert_as_accurate, assert_close, geometries, gradients, part
 from flexnsa import MeanPool, NativeSparseAttention, NSACache, NSAConfig, Selection
+from flexnsa.cache import takes_kernels
 from flexnsa.cache.stores import Ring, Store
 
 CONFIG = NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=3, num_local=1, window=5)
@@ -357,6 +359,43 @@ def test_triton():
     talk.crop([2, 1])
     talk.say([5, 8])
     talk.check()
+
+
+@pytest.mark.parametrize("overlap", (1, 2, 4))
+def test_single_steps_run_on_the_decoding_kernels(overlap, monkeypatch):
+    """Ragged rows, one of them empty; rings that wrap, with slots to go back to; a step with padding; NaN beyond."""
+    pytest.importorskip("triton")
+    calls = []
+    step = flexnsa.layer.attend_to_cache
+    monkeypatch.setattr(flexnsa.layer, "attend_to_cache", lambda *inputs: calls.append(1) or step(*inputs))
+    config = NSAConfig(2 * overlap, 2, 8, num_selected=3, num_local=1, window=5)
+    talk = Conversation(build(config, torch.float32, impl="reference", **ALL), 2, 29, 3)
+    talk.say([20, 0], left=[1, 21])
+    for row, length in enumerate((20, 0)):
+        for store, end in ((talk.cache.selected, length), (talk.cache.compressed, config.num_compressed(length))):
+            store.k[row, :, end:], store.v[row, :, end:] = torch.nan, torch.nan
+    talk.layer.attention.impl = "triton"
+    for _ in range(3):
+        talk.say([1, 1])
+    talk.crop([3, 0])
+    talk.say([0, 1], width=1)
+    talk.say([1, 1])
+    assert len(calls) == 5
+    talk.layer.attention.impl = "reference"
+    talk.check()
+
+
+def test_a_changed_composition_is_not_left_to_the_decoding_kernels():
+    layer, q = build(dtype=torch.float32, impl="triton"), torch.empty(1, 4, 1, 4)
+    cache = layer.new_cache(1, 10)
+    branches = layer.attention.branch_modules
+    with torch.no_grad():
+        assert takes_kernels(layer.attention, q, cache)
+        branches["selected"].score_mod = lambda score, b, h, q, k: score
+        assert not takes_kernels(layer.attention, q, cache)
+        branches["selected"].score_mod = None
+        assert not takes_kernels(layer.attention, q.expand(1, 4, 2, 4), cache)
+    assert not takes_kernels(layer.attention, q, cache)
 
 
 class Replay(torch.nn.Module):
@@ -706,8 +745,9 @@ def test_calls_on_cuda_equal_one_pass_and_do_not_synchronise(impl):
 
 
 @pytest.mark.gpu
-def test_a_step_in_a_cuda_graph():
-    layer, x = on_cuda("reference")
+@pytest.mark.parametrize("impl", ("reference", "triton"))
+def test_a_step_in_a_cuda_graph(impl):
+    layer, x = on_cuda(impl)
     cache, token = layer.new_cache(2, 400), torch.zeros(2, 1, 64, device="cuda")
     with torch.no_grad():
         side = torch.cuda.Stream()

@@ -1,12 +1,28 @@
 """torch.compile takes the layer whole: no graph break, and eager's outputs and gradients to rounding."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from flexnsa import NativeSparseAttention, NSAConfig, documents_from_lengths
+from flexnsa import (
+    MeanPool,
+    NativeSparseAttention,
+    NSAConfig,
+    Selection,
+    SigmoidGate,
+    SparseAttention,
+    WindowBranch,
+    compressed_attention,
+    documents_from_lengths,
+    selected_attention,
+    window_attention,
+)
+from flexnsa.compression import compress
 
 CONFIG = NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=4, window=10)
 LENGTHS = (65, 100, 128, 333, 512, 1000, 2048, 4097, 9999, 20000)
@@ -41,6 +57,8 @@ class Transformer(nn.Module):
 
 def outputs_and_gradients(layer, x, **options):
     x = x.detach().requires_grad_()
+    # With symbols of batch and length in one size, Inductor of torch 2.11 fails on the dense engine's reductions.
+    torch._dynamo.mark_static(x, 0)
     parameters = [p for p in layer.parameters() if p.requires_grad]
     y = layer(x, **options)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *parameters])]
@@ -83,6 +101,61 @@ def test_one_graph_for_many_lengths_on_a_cpu():
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_masks_read_their_tables_from_memory(packed: bool):
+    """Inductor would compute other tables anew inside of its kernel, and some of them wrong."""
+    captured = set()
+
+    def backend(graph, _):
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.higher_order.flex_attention:
+                captured.update(str(table.target) for table in node.args[-1])
+        return graph
+
+    def run(q, k, v, indices, documents):
+        options = {"documents": documents, "impl": "flex"}
+        k_cmp, v_cmp = compress(MeanPool(CONFIG), k, v, CONFIG, documents=documents)
+        outputs = (
+            compressed_attention(q, k_cmp, v_cmp, CONFIG, **options),
+            selected_attention(q, k, v, Selection(indices), CONFIG, **options),
+            window_attention(q, k, v, CONFIG, **options),
+        )
+        return [output.out for output in outputs]
+
+    q, k, v = (torch.randn(1, heads, 50, 8) for heads in (4, 2, 2))
+    indices = torch.zeros(1, 2, 50, 1, dtype=torch.int32)
+    documents = documents_from_lengths([20, 29], 50) if packed else None
+    with torch.no_grad():
+        torch.compile(run, fullgraph=True, backend=backend)(q, k, v, indices, documents)
+    constant = str(torch.full)  # the number of blocks: of a constant there is nothing to read
+    assert captured == {"flexnsa_masks.in_memory.default", constant}
+
+
+class ReadsValues:
+    """A branch in which a Python `if` depends on what the queries hold."""
+
+    def attend(self, q, k, v, context):
+        if q.sum() > 0:
+            q = -q
+        return window_attention(q, k, v, CONFIG, **context.options)
+
+
+def test_what_cannot_be_traced_names_the_branch():
+    branches = {"window": WindowBranch(CONFIG), "mine": ReadsValues()}
+    attention = SparseAttention(branches, gate=SigmoidGate(dim=32, num_heads=4, num_branches=2))
+    q, k, x = torch.randn(1, 4, 50, 8), torch.randn(1, 2, 50, 8), torch.randn(1, 50, 32)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match='in branch "mine"') as raised:
+        compiled(q, dict.fromkeys(branches, (k, k)), x)
+    assert 'branch "window"' not in str(raised.value)
+
+
+def test_a_layer_is_still_copied_and_pickled():
+    layer, x = layer_on("cpu"), torch.randn(1, 40, 64)
+    for found in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(found(x), layer(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["reference", "flex", "triton"])
 def test_compiled_equals_eager_on_cuda(impl):
@@ -114,6 +187,7 @@ def test_two_compilations_for_ten_lengths_on_cuda():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch records one to hold its memory pool
 @pytest.mark.parametrize(("impl", "mode"), [("flex", "default"), ("triton", "default"), ("triton", "reduce-overhead")])
 def test_autocast_in_training_on_cuda(impl, mode):
     torch._dynamo.reset()

@@ -46,6 +46,13 @@ def test_every_public_name_has_one_place_in_the_api(package):
     assert {name: count for name, count in places.items() if count != 1} == {}
 
 
+def test_the_readme_has_the_numbers_of_the_recorded_demo():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    rows = json.loads((ROOT / "bench/results/learn/text-cpu-seed0.json").read_text())["rows"]
+    bits = {row["attention"]: f"{row['bits_per_token']:.3f}" for row in rows}
+    assert f"NSA {bits['nsa']}, window alone {bits['window']}, full attention {bits['full']}" in text
+
+
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/make/{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +65,16 @@ def test_what_works_where_was_recorded_for_every_feature():
     records = list((ROOT / "docs/make").glob("support-*.json"))
     assert records
     for path in records:
-        assert list(json.loads(path.read_text())["cells"]) == list(support.FEATURES), path
+        cells = json.loads(path.read_text())["cells"]
+        assert list(cells) == list(support.FEATURES), path
+        assert not [cell for cell in support.bad(cells) if "wrong: " in cell]
+
+
+def test_a_feature_that_takes_too_long_is_said_to_be_untried():
+    support = script("support")
+    cells = {"float64": support._in_a_process("float64", ends=0)}
+    assert cells == {"float64": dict.fromkeys(support.TRIED, "not tried: the time was up")}
+    assert len(support.bad(cells)) == len(support.TRIED)
 
 
 def test_what_works_where_is_still_so():

@@ -135,7 +135,7 @@ def test_a_padded_row_equals_the_unpadded_one(impl: str, case: Case, left: int, 
 @given(case=cases(positions=False, values=("normal",)))
 @part(2)
 def test_padding_may_hold_nan(case: Case):
-    """In every input, gates included: the output's bits and all gradients stay, and padding outputs 0."""
+    """In every input, gates included: the bits of the output and of its gradients stay, and padding outputs 0."""
     assume(case.documents is not None)
     compressor, padding = mlp(case), (case.documents < 0)[:, None, :, None]
     results = []
@@ -144,7 +144,9 @@ def test_padding_may_hold_nan(case: Case):
         out = attend(x, case, compressor, case.documents, "reference")
         assert not out.masked_select(padding).any()
         results.append([out, *gradients([out], [*x, *compressor.parameters()])])
-    assert all(torch.equal(clean, poisoned) for clean, poisoned in zip(*results, strict=True))
+    clean, poisoned, own = *results, 1 + len(x)
+    assert all(torch.equal(a, b) for a, b in zip(clean[:own], poisoned[:own], strict=True))
+    assert_close(clean[own:], poisoned[own:])  # sums over all tokens, added in an order that depends on their layout
 
 
 @engines

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexnsa import engines, explain
+from flexnsa_masks import causal
 
 
 def chosen(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, dim: int = 64, **options: object) -> list[str]:
@@ -15,6 +16,7 @@ def chosen(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, dim: int =
 @pytest.fixture(autouse=True)
 def triton_is_there(monkeypatch):
     monkeypatch.setattr(engines, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(engines, "FLASH_INSTALLED", False)
 
 
 def test_auto_on_cuda_takes_flex_for_static_masks_and_triton_for_the_rest():
@@ -24,6 +26,8 @@ def test_auto_on_cuda_takes_flex_for_static_masks_and_triton_for_the_rest():
 
 def test_auto_goes_on_to_the_next_engine_that_can():
     assert chosen(mods=True) == ["flex", "reference", "flex", "flex"]
+    assert chosen(mask_mod=lambda b, h, i, j: j <= i) == ["flex", "reference", "flex", "flex"]
+    assert chosen(mask_mod=causal()) == ["flex", "triton", "triton", "flex"]
     assert chosen(dim=320) == ["flex", "reference", "flex", "flex"]
     assert chosen(dtype=torch.float64) == 4 * ["reference"]
     assert chosen(device="cpu") == 4 * ["reference"]

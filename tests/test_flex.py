@@ -28,6 +28,7 @@ from flexnsa import (
 )
 from flexnsa.layout import query_table
 from flexnsa.static_masks import KEPT_MASKS, static_mask
+from flexnsa_masks import causal, or_masks, prefix
 
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_local=1, window=5)
 PACKED = torch.tensor([[-1] * 2 + [0] * 9 + [1] * 10, [3] * 20 + [-1]])
@@ -67,16 +68,17 @@ def test_traced_flex_equals_reference(traced_flex: None, case: Case):
         assert_as_accurate(*values)
 
 
+@pytest.mark.parametrize("mask_mod", (None, or_masks(causal(), prefix(90))), ids=("causal", "prefix"))
 @pytest.mark.parametrize("batch", (1, 2))
 @pytest.mark.parametrize("ordered", (True, False))
-def test_the_heads_of_a_group_along_the_batch_change_nothing(ordered: bool, batch: int):
+def test_the_heads_of_a_group_along_the_batch_change_nothing(ordered: bool, batch: int, mask_mod):
     """The backward's fold of the compressed branch; on a CPU its forward can be compared."""
     case = Case(SMALL, batch=batch, kv_heads=2, group=3, tokens=300)
     x = case.inputs(torch.float32)
-    table, pad = query_table(x.q, SMALL, num_tokens=300), -x.k_cmp.shape[2] % 128
+    table, pad = query_table(x.q, SMALL, num_tokens=300, mask_mod=mask_mod), -x.k_cmp.shape[2] % 128
     k, v = (F.pad(y, (0, 0, 0, pad)) for y in x.pairs[0])
-    found = flex._by_head(x.q, k, v, table, SMALL, ordered, scale=case.dim**-0.5)
-    expected = compressed_attention(x.q, *x.pairs[0], SMALL, impl="reference")
+    found = flex._by_head(x.q, k, v, table, SMALL, ordered, table.masked_range(batch), scale=case.dim**-0.5)
+    expected = compressed_attention(x.q, *x.pairs[0], SMALL, mask_mod=mask_mod, impl="reference")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -110,6 +112,19 @@ def test_a_mask_built_without_gradients_serves_training():
 def test_the_opaque_operator_describes_its_tables():
     arguments = (torch.arange(300)[None], "compressed", [4, 2], 256, 3)
     torch.library.opcheck(torch.ops.flexnsa.static_mask_tables.default, arguments)
+
+
+def test_a_graphs_tables_are_copies_with_a_spare_row_and_column():
+    """No axis of length 1, for which Dynamo would compile once more; and nothing that the graph may overwrite."""
+    position = torch.arange(100)[None]
+    kept = static_mask("sliding_window", (7,), position, 100)
+    for _ in range(2):
+        tables = torch.ops.flexnsa.static_mask_tables(position, "sliding_window", [7], 100, 1)
+        for name, table in zip(static_masks._TABLES, tables, strict=True):
+            exact = getattr(kept, name)
+            assert torch.equal(table[tuple(slice(size) for size in exact.shape)], exact)
+            assert table.shape == (1, 1, *(size + 1 for size in exact.shape[2:]))
+            table.fill_(9)
 
 
 def test_no_grad_is_enough_on_a_cpu():

@@ -1,8 +1,5 @@
 """Scoring and top-n in Triton against a dense float64 oracle: by the chosen sets' scores, and exact ties by index."""
 
-import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import Case, cases
-from flexnsa import NSAConfig
+from flexnsa import NSAConfig, compressed_attention, select_blocks
 from flexnsa.layout import QueryTable, query_table
 
 triton = pytest.importorskip("triton")
@@ -153,6 +150,29 @@ def test_exact_ties_go_to_the_lowest_index(case):
     assert torch.equal(p.select(), expected(p))
 
 
+@settings(max_examples=25)
+@given(cases(values=("flat",), groups=(1, 3)))
+def test_equal_probabilities_tie_as_in_the_reference(case):
+    """With q = 0 a query's visible tokens have one p, no power of two: blocks tie wherever the ends cut them alike."""
+    x = case.inputs(torch.float32)
+    lse = compressed_attention(x.q, x.k_cmp, x.v_cmp, case.config, impl="reference", **case.placing).lse
+    p = from_case(case, torch.float32, lse.double())
+    options = {"num_tokens": case.tokens, "impl": "reference", **case.placing}
+    assert torch.equal(p.select(), select_blocks(x.q, x.k_cmp, lse, case.config, **options).indices)
+
+
+@pytest.mark.parametrize("geometry", [(4, 1, 4), (9, 3, 12), (8, 2, 8), (3, 1, 5)])
+def test_blocks_cut_on_either_side_tie(geometry):
+    """The first block lacks what reaches in from the left, the last what begins past the query."""
+    config = NSAConfig(*geometry, num_selected=1, num_initial=0, num_local=0)
+    tokens = 3 * config.select_block
+    q, k_cmp = torch.zeros(1, 1, tokens, 16), torch.zeros(1, 1, config.num_compressed(tokens), 16)
+    for lse in (0.3, 1.0986123, 2.7):
+        p = problem(q, k_cmp, config, tokens, torch.full((1, 1, tokens), lse))
+        options = {"num_tokens": tokens, "impl": "reference"}
+        assert torch.equal(p.select(), select_blocks(q, k_cmp, p.lse, config, **options).indices)
+
+
 @pytest.mark.parametrize("dim", [5, 16, 24, 80])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_any_head_dim(dim, dtype):
@@ -222,7 +242,8 @@ def test_no_compressed_token_at_all():
 
 def test_the_op_is_well_formed():
     tensors, keywords = random_problem(SMALL, 12, 2, 1, 16, torch.float32).arguments
-    torch.library.opcheck(torch.ops.flexnsa.select_blocks.default, tensors, keywords)
+    for interval in ((), (tensors[4], tensors[3])):
+        torch.library.opcheck(torch.ops.flexnsa.select_blocks.default, (*tensors, *interval), keywords)
 
 
 def test_wrong_inputs_are_named():
@@ -235,6 +256,8 @@ def test_wrong_inputs_are_named():
     ):
         with pytest.raises(ValueError, match=word):
             scoring.select_blocks(*tensors[:at], wrong, *tensors[at + 1 :], **keywords)
+    with pytest.raises(ValueError, match="low and high must be given together"):
+        scoring.select_blocks(*tensors, tensors[3], **keywords)
     with pytest.raises(ValueError, match="num_selected"):
         scoring.select_blocks(*tensors, **keywords | {"num_selected": 65})
 
@@ -321,65 +344,3 @@ def test_a_packed_row_equals_its_documents_alone():
         )  # fmt: skip
         assert torch.equal(alone.select(), packed[:, :, rows])
         first += length
-
-
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from flexnsa.kernels import scoring, topn
-import torch
-
-def build(function, constants, capability, warps, stages, registers=None):
-    pointers = dict.fromkeys(("position", "start", "offset"), "*i64") | dict.fromkeys(("lse", "importance"), "*fp32")
-    pointers |= dict.fromkeys(("q", "k_cmp"), constants.pop("dtype", "")) | {"indices": "*i32"}
-    signature, fixed, attrs = {}, {}, {}
-    for i, name in enumerate(function.arg_names):
-        if name in constants or name in ("q_dim", "k_dim"):
-            signature[name], fixed[(i,)] = "constexpr", constants.get(name, 1)
-        else:
-            signature[name] = pointers.get(name, "fp32" if name == "scale_log2" else "i32")
-            if name in pointers or name.endswith(("_batch", "_head", "_token", "pitch")):
-                attrs[(i,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
-    source = ASTSource(function, signature, fixed, attrs)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
-
-limits = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-geometry = {"COMPRESS_BLOCK": 32, "COMPRESS_STRIDE": 16, "SELECT_BLOCK": 64}
-for case in sys.argv[1:]:
-    capability, dim, group = map(int, case.split(",")[:3])
-    dtype = case.split(",")[3]
-    tile = scoring.score_tile(dim, torch.float32 if dtype == "fp32" else torch.float16, group, limits[capability])
-    width, rest = (16, 0) if dtype == "fp32" else scoring.split_dim(dim)
-    shared = build(scoring._score, {
-        "dtype": "*" + dtype, "D": dim, "WIDTH": width, "REST": rest, "HEADS": tile.heads, "R": tile.queries,
-        "BLOCKS": tile.blocks, "EXACT": dtype == "fp32", "ADD": False, **geometry,
-    }, capability, tile.warps, tile.stages, tile.registers)
-    assert shared <= limits[capability], (case, shared)
-    choice = {"NUM_SELECTED": 16, "NUM_INITIAL": 1, "NUM_LOCAL": 2, "R": tile.queries, "S": 512, "N": 16, "ROWS": 1}
-    if dim == 128:
-        assert build(topn._top_blocks, choice | geometry, capability, 1, 1) <= limits[capability]
-    print(case, shared)
-"""
-
-
-def compiles(cases: list[str]) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, *cases]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def test_compiles_within_the_shared_memory_of_each_chip():
-    compiles(["80,192,4,fp16", "89,256,2,fp16", "90,128,16,bf16", "100,80,16,fp16"])
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("capability", [80, 89, 90, 100])
-def test_compiles_every_configuration(capability):
-    dims, groups = (16, 64, 80, 96, 128, 192, 256), (1, 4, 16, 64)
-    half = [f"{capability},{dim},{group},{dtype}" for dim in dims for group in groups for dtype in ("bf16", "fp16")]
-    compiles([*half, *(f"{capability},{dim},4,fp32" for dim in dims)])

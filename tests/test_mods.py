@@ -1,12 +1,14 @@
-"""Masks and score mods of the user's own, over every branch: against the oracle, and flex against reference."""
+"""Masks and score mods of the user's own, over every branch: against the oracle, and the engines against reference."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_mask
 
 import oracle
@@ -20,6 +22,9 @@ from flexnsa import (
     WindowBranch,
     block_importance,
     compressed_attention,
+    documents_from_lengths,
+    engines,
+    explain,
     native_sparse_attention,
     select_blocks,
     selected_attention,
@@ -28,16 +33,22 @@ from flexnsa import (
 from flexnsa.visibility import compressed_mask
 from flexnsa_masks import (
     Grid,
+    MaskMod,
     alibi,
+    and_masks,
     at_positions,
     causal,
     compressed,
+    document,
+    interval_of,
     or_masks,
     prefix,
+    sink,
     sliding_window,
     soft_cap,
     streaming_llm,
     tiles_of,
+    with_interval,
     with_tiles,
 )
 
@@ -233,10 +244,186 @@ def test_a_mask_is_checked_before_any_branch_runs():
         )
 
 
-def test_triton_takes_no_mods():
+# Masks that are one interval of keys a query, which triton takes. Its kernels run in Triton's interpreter here.
+
+INTERVALS = ("causal", "window", "prefix", "prefix by row", "documents", "sinks", "own", "anywhere")
+
+
+def interval_mask(kind: str, case: Case) -> MaskMod:
+    """The promised interval of each kind, and for "own" and "anywhere" that of a mask of one's own."""
+    draw = torch.Generator().manual_seed(case.seed)
+    if kind == "own":  # sentences, each seen whole
+        ends = torch.arange(case.tokens) // 7 * 7 + 6
+        return with_interval(lambda b, h, i, j: j <= ends[i], last=lambda b, i: ends[i])
+    if kind == "anywhere":
+        first, last = torch.randint(-2, case.tokens + 2, (2, case.batch, case.tokens), generator=draw)
+        return with_interval(
+            lambda b, h, i, j: (first[b, i] <= j) & (j <= last[b, i]),
+            last=lambda b, i: last[b, i],
+            first=lambda b, i: first[b, i],
+        )
+    ids = torch.arange(case.tokens) // 9
+    return {
+        "causal": causal(),
+        "window": sliding_window(1 + case.seed % 9),
+        "prefix": or_masks(causal(), prefix(case.tokens // 2)),
+        "prefix by row": or_masks(prefix(torch.arange(case.batch) * 5 + 2), causal()),
+        "documents": and_masks(document(ids.where(ids != 2, -1), contiguous=True), causal()),
+        "sinks": or_masks(sink(3), sink(case.tokens // 3)),
+    }[kind]
+
+
+@given(case=cases(values=("normal",)), kind=st.sampled_from(INTERVALS))
+def test_an_interval_says_what_the_mask_does(case: Case, kind: str):
+    mask = interval_mask(kind, case)
+    b, query, key = torch.arange(case.batch)[:, None], torch.arange(case.tokens), torch.arange(case.tokens)
+    told, seen = interval_of(mask), mask(b[..., None], torch.tensor(0), query[:, None], key)
+    last = told.last(b, query[None])[..., None]
+    expected = key <= last if told.first is None else (told.first(b, query[None])[..., None] <= key) & (key <= last)
+    assert torch.equal(*torch.broadcast_tensors(seen, expected))
+
+
+def test_masks_made_of_others_carry_an_interval_only_where_it_is_one():
+    plain = lambda b, h, i, j: j <= i  # noqa: E731
+    for mask in (
+        plain,
+        and_masks(causal(), plain),
+        or_masks(prefix(3), plain),
+        or_masks(sliding_window(4), sink(2)),
+        document(torch.zeros(5, dtype=torch.int64)),
+        streaming_llm(6, sinks=3),
+    ):
+        assert interval_of(mask) is None
+    with pytest.raises(ValueError, match="contiguous=False with key_ids"):
+        document(torch.zeros(5), torch.zeros(5), contiguous=True)
+
+
+@settings(max_examples=12)
+@given(case=cases(values=("normal", "repeated")), kind=st.sampled_from(INTERVALS))
+def test_triton_selects_as_reference_does_under_an_interval(case: Case, kind: str):
+    case = replace(case, kv_heads=1)
+    x, keywords = case.inputs(torch.float32), {"mask_mod": interval_mask(kind, case), **case.placing}
+    lse = compressed_attention(x.q, x.k_cmp, x.v_cmp, case.config, **keywords).lse
+    found, best = (
+        select_blocks(x.q, x.k_cmp, lse, case.config, num_tokens=case.tokens, impl=impl, **keywords).indices
+        for impl in ("triton", "reference")
+    )
+    importance = block_importance(x.q, x.k_cmp, lse, case.config, num_tokens=case.tokens, **keywords)
+    assert torch.equal(found >= 0, best >= 0)
+    assert ((found.diff(dim=-1) > 0) | (found[..., 1:] < 0)).all()
+    totals = [importance.gather(-1, i.clamp(min=0).long()).masked_fill(i < 0, 0).sum(-1) for i in (found, best)]
+    torch.testing.assert_close(*totals, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=6)
+@given(case=cases(values=("normal",), groups=(1, 3, 8)), kind=st.sampled_from(INTERVALS[1:]))
+def test_triton_equals_reference_under_an_interval(case: Case, kind: str):
+    """Outputs, LSEs and gradients of the selected branch, for the same selection."""
+    tokens = min(case.tokens, 24)
+    packed = documents_from_lengths([[tokens // 2, tokens // 3]] * case.batch, tokens) if tokens > 2 else None
+    documents, queries = (packed, None) if case.seed % 2 else (None, torch.arange(case.seed % tokens, tokens))
+    case = replace(case, kv_heads=1, tokens=tokens, positions=queries, documents=documents)
+    x = case.inputs(torch.float32, grad=True)
+    keywords = {"mask_mod": interval_mask(kind, case), **case.placing}
+    lse = compressed_attention(x.q, x.k_cmp, x.v_cmp, case.config, **keywords).lse
+    chosen = select_blocks(x.q, x.k_cmp, lse, case.config, num_tokens=case.tokens, **keywords)
+    attended = (x.q, x.k_slc, x.v_slc)
+    found, expected = (
+        selected_attention(*attended, chosen, case.config, impl=impl, **keywords) for impl in ("triton", "reference")
+    )
+    assert_close(found, expected)
+    for got, want in zip(gradients(found, attended), gradients(expected, attended), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=40)
+@given(case=cases(values=("normal",)), kind=st.sampled_from(INTERVALS))
+def test_flex_makes_tables_of_an_interval(case: Case, kind: str):
+    x, keywords = case.inputs(torch.float32), {"mask_mod": interval_mask(kind, case), **case.placing}
+    lse = compressed_attention(x.q, x.k_cmp, x.v_cmp, case.config, **keywords).lse
+    chosen = select_blocks(x.q, x.k_cmp, lse, case.config, num_tokens=case.tokens, **keywords)
+    found, expected = (
+        native_sparse_attention(x.q, x.kv, x.gates, case.config, None, selection=chosen, impl=impl, **keywords)
+        for impl in ("flex", "reference")
+    )
+    assert_close([found], [expected])
+
+
+@pytest.mark.parametrize("tokens", (3, 21))
+def test_an_interval_may_reach_past_the_last_token(tokens: int):
+    """Compressed attention is not told how many tokens there are where positions are given."""
+    x = Case(SMALL, batch=2, kv_heads=1, group=2, tokens=tokens).inputs(torch.float32)
+    keywords = {"mask_mod": or_masks(causal(), prefix(100)), "positions": torch.arange(tokens)}
+    found, expected = (
+        compressed_attention(x.q, x.k_cmp, x.v_cmp, SMALL, impl=impl, **keywords) for impl in ("flex", "reference")
+    )
+    assert_close(found, expected)
+
+
+def test_a_composition_and_a_layer_hold_an_interval_on_triton():
+    x = torch.randn(1, 21, 16, requires_grad=True)
+    documents = documents_from_lengths([12, 8], 21)
+    mask = or_masks(causal(), prefix(9))
+    layers = [
+        NativeSparseAttention(dim=16, num_heads=2, num_kv_heads=1, head_dim=8, config=SMALL, impl=impl)
+        for impl in ("triton", "reference")
+    ]
+    layers[0].load_state_dict(layers[1].state_dict())
+    found, expected = ([y := layer(x, mask_mod=mask, documents=documents), *gradients([y], [x])] for layer in layers)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def triangle(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+@pytest.mark.parametrize(
+    "mask_mod", (triangle, and_masks(causal(), document(torch.zeros(9, dtype=torch.int64))), by_head)
+)
+def test_triton_refuses_masks_of_which_it_does_not_know_the_interval(mask_mod):
+    x = Case(SMALL, tokens=9, group=2).inputs(torch.float32)
+    with pytest.raises(NotImplementedError, match=f'impl="triton".*{re.escape(mask_mod.__name__)}.*impl="auto"'):
+        native_sparse_attention(x.q, x.kv, x.gates, SMALL, None, mask_mod=mask_mod, impl="triton")
+
+
+def test_triton_refuses_score_mods():
     x = Case(SMALL, tokens=9).inputs(torch.float32)
-    with pytest.raises(NotImplementedError, match="take no mask_mod or score_mod"):
-        native_sparse_attention(x.q, x.kv, x.gates, SMALL, None, mask_mod=causal(), impl="triton")
+    with pytest.raises(NotImplementedError, match="take no score_mod"):
+        window_attention(x.q, x.k_win, x.v_win, SMALL, score_mod=alibi(1), impl="triton")
+
+
+@pytest.mark.parametrize("impl", ("flex", "triton"))
+def test_a_false_interval_is_refused(impl: str):
+    x = Case(SMALL, tokens=9).inputs(torch.float32)
+    wrong = with_interval(lambda b, h, i, j: j <= i, last=lambda b, i: i + 1)
+    everything = Selection(torch.zeros(1, 1, 9, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="sees other keys than its interval"):
+        selected_attention(x.q, x.k_slc, x.v_slc, everything, SMALL, mask_mod=wrong, impl=impl)
+
+
+def test_auto_takes_triton_for_intervals_and_flex_for_other_masks(monkeypatch):
+    monkeypatch.setattr(engines, "TRITON_INSTALLED", True)
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 8, 64, device="cuda", dtype=torch.bfloat16)
+        for mask, expected in (
+            (or_masks(causal(), prefix(5)), ["flex", "triton", "triton", "flex"]),
+            (triangle, ["flex", "reference", "flex", "flex"]),
+        ):
+            assert [choice.engine for choice in explain(q, mask_mod=mask)] == expected
+        assert "triangle" in explain(q, mask_mod=triangle)[2].reason
+
+
+def test_the_graph_is_whole_under_an_interval():
+    """As a compiler's front end captures it, the kernels being operators."""
+    case = Case(SMALL, kv_heads=1, group=1, tokens=6)
+    x, mask = case.inputs(torch.float32, grad=True), or_masks(causal(), prefix(torch.tensor([5])))
+
+    def call(q):
+        return native_sparse_attention(q, x.kv, x.gates, SMALL, None, mask_mod=mask, impl="triton")
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x.q), call(x.q))
 
 
 def test_the_layer_passes_a_mask_on():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.cli import main
 from bench.decode.cases import TARGETS
-from bench.decode.report import ratios, table
+from bench.decode.report import chunked, ratios, table
 from conftest import TOLERANCE, assert_close, geometries, part
 from flexnsa import (
     BranchKV,
@@ -323,7 +323,7 @@ def test_triton_equals_reference(name: str, programs: int, monkeypatch):
         found = plan(*args)
         split = min(found.compressed, 2), min(found.window, 2), min(args[2].num_selected, 2)
         compressed, window, selected = split if programs > 1 else (1, 1, 1)
-        return found._replace(compressed=compressed, window=window, selected=selected, rows=2, at_once=1)
+        return found._replace(compressed=compressed, window=window, selected=selected, rows=2)
 
     monkeypatch.setattr(decode, "plan_step", small)
     shape = KERNEL_SHAPES[name]
@@ -374,7 +374,7 @@ def test_the_operator_is_registered_as_torch_expects():
     geometry = [4, 2, 8, 3, 1, 2, 6]
     tensors = [y for p in pages for y in p]
     out = torch.empty(1, 1, 1, 3)
-    torch.library.opcheck(decode._paged_step, (x.q, x.gates, *tensors, x.lengths, out, geometry, 0.3))
+    torch.library.opcheck(decode._paged_step, (x.q, x.gates, *tensors, x.lengths, out, geometry, [32, 0, 0], 0.3))
 
 
 def test_a_step_compiles_whole():
@@ -591,6 +591,17 @@ def test_the_benchmark_writes_a_row_for_each_engine(tmp_path, capsys):
     assert [(row["engine"], row["tokens"]) for row in result["rows"]] == [("nsa", 512), ("math", 512)]
     assert all(row["us"] > 0 and row["bytes"] > 0 for row in result["rows"])
     assert "times math" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_a_prompt_in_chunks(tmp_path, capsys):
+    main(["decode", "--device", "cpu", "--tokens", "1024", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert [(row["case"], row["engine"], row["chunk"]) for row in rows] == [
+        ("prefill", "whole", 256),
+        ("prefill", "chunks", 256),
+    ]
+    assert chunked(rows)[1] == rows[1]["us"] / rows[0]["us"]
+    assert "1024 tokens in calls of 256" in capsys.readouterr().out
 
 
 def test_the_benchmark_refuses_what_it_does_not_know():

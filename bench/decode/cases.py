@@ -75,3 +75,32 @@ SMALL = tuple(Case("batch", tokens, 2, heads=8, kv_heads=2, dim=32) for tokens i
 TARGETS = {("batch", 8192): 2.8, ("batch", 32768): 5.6, ("batch", 65536): 7.0, ("batch", 131072): 8.0,
            ("single", 65536): 2.0, ("single", 131072): 3.5}  # fmt: skip
 """Times the best dense step's time over ours that the kernels were built to reach, by case and tokens."""
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt through a layer with an empty cache, in one call or in calls of ``chunk`` tokens.
+
+    Attributes:
+        tokens: tokens of the prompt.
+        chunk: tokens of a call.
+        dim: width of the layer.
+        heads: query heads.
+        kv_heads: KV heads.
+        head_dim: key and value dim.
+        config: the geometry.
+    """
+
+    tokens: int
+    chunk: int
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    config: NSAConfig = PAPER
+
+
+PREFILLS = {"cuda": Prefill(65536, 4096, 2048, 64, 4, 128), "cpu": Prefill(1024, 256, 64, 8, 2, 16)}
+
+CHUNKED = 1.25
+"""Times the one call's time that the chunks' may come to."""

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from bench.decode.cases import Case
-from flexnsa import PagedKV, Pages, paged_step
+from bench.decode.cases import Case, Prefill
+from flexnsa import NativeSparseAttention, PagedKV, Pages, paged_step
 
 Step = Callable[[], object]
 
@@ -20,6 +20,10 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+
+
+PREFILL = ("whole", "chunks")
+"""How a prompt is cut into calls."""
 
 
 def engines_for(device: torch.device) -> tuple[str, ...]:
@@ -43,6 +47,29 @@ def make_step(engine: str, case: Case, device: torch.device, pool: int | None = 
         compiled = torch.compile(flex_attention.flex_attention, dynamic=False)
         return lambda: compiled(q, k, v, enable_gqa=True)
     return lambda: _sdpa(SDPA[engine], q, k, v)
+
+
+def make_prefill(cut: str, case: Prefill, device: torch.device) -> Step:
+    """A prompt through a layer, its cache emptied before."""
+    layer = NativeSparseAttention(
+        dim=case.dim,
+        num_heads=case.heads,
+        num_kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        config=case.config,
+        rope_theta=1e4,
+    ).to(device, torch.bfloat16)
+    x = _random((1, case.tokens, case.dim), device)
+    cache = layer.new_cache(1, case.tokens)
+    calls = x.split(case.chunk if cut == "chunks" else case.tokens, dim=1)
+
+    @torch.no_grad()
+    def prefill() -> None:
+        cache.reset()
+        for call in calls:
+            layer(call, cache=cache)
+
+    return prefill
 
 
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

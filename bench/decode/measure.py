@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ STEPS = 10
 
 REPLAYS = 9
 """Replays, of which the median is taken."""
+
+CALLS = 5
+"""Calls of eager work, likewise."""
 
 FLUSHED = 256 << 20
 """Bytes read between steps: several times any L2 cache."""
@@ -55,6 +59,21 @@ class Stopwatch:
 
         times = _replays(_capture(cold))
         return Time(*(1e3 * (x - self._read) / STEPS for x in (statistics.median(times), min(times), max(times))))
+
+    def wall(self, work: Callable[[], object]) -> Time:
+        """Microseconds of eager work as its caller waits for them, after one call that is not counted."""
+        times = []
+        for _ in range(CALLS + 1):
+            self._wait()
+            begin = time.perf_counter()
+            work()
+            self._wait()
+            times.append(1e6 * (time.perf_counter() - begin))
+        return Time(statistics.median(times[1:]), min(times[1:]), max(times[1:]))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _flush(self) -> None:
         torch.sum(self._filler, 0, out=self._sum)

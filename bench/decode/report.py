@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.decode.cases import CEILING, TARGETS
+from bench.decode.cases import CEILING, CHUNKED, TARGETS
 
 Row = dict[str, Any]
 
@@ -14,6 +14,8 @@ def line(row: Row) -> str:
     place = f"{row['case']:6} {row['tokens']:7} tokens x {row['batch']:<3} {row['engine']:10}"
     if "us" not in row:
         return f"{place} {row['note']}"
+    if "bytes" not in row:
+        return f"{place} {row['us'] / 1000:9.2f} ms ({row['us_least'] / 1000:.2f} .. {row['us_most'] / 1000:.2f})"
     rate = row["bytes"] / row["us"] * 1e6
     return (
         f"{place} {row['us']:9.1f} us ({row['us_least']:.1f} .. {row['us_most']:.1f})  "
@@ -38,6 +40,14 @@ def ratios(rows: list[Row]) -> list[tuple[Row, Row, float, float | None]]:
     return found
 
 
+def chunked(rows: list[Row]) -> tuple[Row, float] | None:
+    """The row of a prompt in chunks, and its time over that of one call; None where either was not measured."""
+    found = {row["engine"]: row for row in rows if row["case"] == "prefill" and "us" in row}
+    if found.keys() != {"whole", "chunks"}:
+        return None
+    return found["chunks"], found["chunks"]["us"] / found["whole"]["us"]
+
+
 def summary(rows: list[Row]) -> str:
     """A line for each case: how much faster than the best dense step, beside what the bytes allow and the target."""
     lines = []
@@ -46,6 +56,13 @@ def summary(rows: list[Row]) -> str:
         lines.append(
             f"{row['case']:6} {row['tokens']:7} tokens: {ratio:.2f} times {dense['engine']} "
             f"(the bytes allow {dense['bytes'] / row['bytes']:.1f}{aim})"
+        )
+    prompt = chunked(rows)
+    if prompt is not None:
+        row, ratio = prompt
+        lines.append(
+            f"prefill {row['tokens']:6} tokens in calls of {row['chunk']}: {ratio:.2f} times one call "
+            f"(target {CHUNKED:.2f} at most)"
         )
     return "\n".join(lines)
 

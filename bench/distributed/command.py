@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 from bench.distributed.run import Run, Shape
 from bench.distributed.ways import WAYS
-from bench.learn.parallel import joined, own_device
+from bench.options import add_device, device_of
+from bench.parallel import joined, own_device
+from flexnsa.engines import ENGINES
 
 DESCRIPTION = """\
 Time one NSA layer on one GPU and spread over all of them: along the sequence (context), by KV group (tensor). Start it
@@ -38,10 +40,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--heads", type=int, default=64, help="query heads (default: 64)")
     add("--kv-heads", type=int, default=4, help="KV heads (default: 4)")
     add("--head-dim", type=int, default=128, help="key and value dim (default: 128)")
-    add("--impl", choices=("auto", "triton", "flex", "reference"), default="auto", help="engine (default: auto)")
+    add("--impl", choices=("auto", *ENGINES), default="auto", help="engine (default: auto)")
     add("--compile", action="store_true", dest="compiled", help="run the layer through torch.compile")
     add("--runs", type=int, default=5, help="timed runs of each number (default: 5)")
-    add("--device", type=torch.device, help="cpu or cuda (default: CUDA where there is one)")
+    add_device(parser)
     add("--out", type=Path, help="the JSON file (default: runs/distributed-DEVICE.json)")
     parser.set_defaults(run=run)
 
@@ -56,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("distributed: expected one process a GPU; start it with torchrun --nproc-per-node 2 -m bench")
     if options.runs < 1:
         raise ValueError(f"--runs: expected 1 or more, got {options.runs}")
-    device = own_device(options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = own_device(device_of(options))
     with joined(device) as ranks:
         measured = Run(
             shape=Shape(options.dim, options.heads, options.kv_heads, options.head_dim, options.tokens),

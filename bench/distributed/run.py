@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.distributed.ways import WAYS
-from bench.learn.parallel import Ranks
+from bench.parallel import Ranks
 from bench.record import environment, write_json
 from bench.speed.measure import GIB, spread
 from flexnsa import NativeSparseAttention, NSAConfig

@@ -21,7 +21,7 @@ class AttentionShape:
         heads: query heads.
         kv_heads: key and value heads.
         head_dim: width of one head.
-        rope_theta: base of the rotary embedding, restarting at position 0 of each row.
+        rope_theta: base of the rotary embedding, restarting at position 0 of each row; None for none.
         nsa: NSA's geometry, in tokens.
     """
 
@@ -29,7 +29,7 @@ class AttentionShape:
     heads: int
     kv_heads: int
     head_dim: int
-    rope_theta: float
+    rope_theta: float | None
     nsa: NSAConfig
 
 
@@ -72,7 +72,8 @@ class DenseAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        q, k = (rotate(y, self.shape.rope_theta, documents) for y in (q, k))
+        if self.shape.rope_theta is not None:
+            q, k = (rotate(y, self.shape.rope_theta, documents) for y in (q, k))
         return self.output(self.attend(q, k, v, documents).transpose(1, 2).flatten(2))
 
     def attend(
@@ -83,12 +84,32 @@ class DenseAttention(nn.Module):
         documents: Int64[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "b hq t d"]:
         """Softmax attention to what each query sees."""
-        tokens = q.shape[2]
-        near = documents is not None or self.window is not None
-        mask = banded(tokens, self.window or tokens, q.device) if near else None
-        if documents is not None and mask is not None:
+        if documents is not None:
+            mask = banded(q.shape[2], self.window or q.shape[2], q.device)
             mask = mask & (documents[:, None, :, None] == documents[:, None, None])
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        if self.window is not None:
+            return near_attention(q, k, v, self.window)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def near_attention(
+    q: Float[Tensor, "b hq t d"], k: Float[Tensor, "b hk t d"], v: Float[Tensor, "b hk t d"], window: int
+) -> Float[Tensor, "b hq t d"]:
+    """Attention to the last `window` tokens, piece by piece: as many queries, over their own keys and those before."""
+    batch, heads, tokens, _ = q.shape
+    group = heads // k.shape[1]
+    missing = -tokens % window
+    k, v = (pad(x, (0, 0, window, missing)).repeat_interleave(group, dim=1) for x in (k, v))
+    k, v = (x.unfold(2, 2 * window, window).transpose(-1, -2) for x in (k, v))
+    q = pad(q, (0, 0, 0, missing)).unflatten(2, (-1, window))
+    row, column = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)
+    seen = (column > row) & (column <= row + window)
+    first = seen & (column >= window)
+    mask = torch.cat([first[None], seen.expand(q.shape[2] - 1, -1, -1)])
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # pieces stand where heads do: the first has a mask of its own
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.unflatten(0, (batch, heads)).flatten(2, 3)[:, :, :tokens]
 
 
 def banded(tokens: int, window: int, device: torch.device) -> Tensor:
@@ -130,14 +151,17 @@ class MoBA(DenseAttention):
 class WithoutBranch(nn.Module):
     """A gate that is 0 for one branch: it adds nothing to the output, but its scores still choose the blocks."""
 
+    kept: Tensor
+
     def __init__(self, gate: Callable[[Tensor], Tensor], branch: str):
         super().__init__()
-        self.gate, self.branch = gate, BranchKV._fields.index(branch)
+        self.gate = gate
+        kept = torch.tensor([float(name != branch) for name in BranchKV._fields])
+        self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b h t branches"]:
         """The gate's values, one of them replaced."""
-        gates = self.gate(x)
-        return gates.index_fill(-1, torch.tensor(self.branch, device=gates.device), 0.0)
+        return self.gate(x) * self.kept
 
 
 def _nsa(

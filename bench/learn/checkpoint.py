@@ -16,8 +16,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from bench.learn.parallel import Ranks
-from bench.learn.train import Progress, Twin
+from bench.learn.progress import Progress
+from bench.learn.train import Twin
+from bench.parallel import Ranks
 
 
 class Checkpoints:

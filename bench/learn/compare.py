@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,13 +13,20 @@ from bench.interrupt import catching_interrupt
 from bench.learn import pictures
 from bench.learn.checkpoint import Checkpoints
 from bench.learn.generate import Continuation, generate
-from bench.learn.look import gate_means, look_into, telling_query
+from bench.learn.grid import ask_everywhere
+from bench.learn.insight import observe, random_hits
+from bench.learn.look import look_into, telling_query
 from bench.learn.model import count_parameters
-from bench.learn.parallel import ALONE, Ranks
+from bench.learn.passkey import PasskeyTask
 from bench.learn.settings import Settings
 from bench.learn.task import Task
 from bench.learn.train import Twin, evaluate, train
+from bench.parallel import ALONE, Ranks
 from bench.record import environment, write_json
+from flexnsa import NativeSparseAttention
+
+DRAWN = 2048
+"""Tokens of which attention is drawn at most: each weight is a number."""
 
 
 class Comparison:
@@ -46,7 +54,7 @@ class Comparison:
         self.checkpoints = Checkpoints(folder / "checkpoint", ranks)
         self.status = "running"
         self.continuations: dict[str, Continuation] = {}
-        self.gates: list[tuple[int, Tensor]] = []
+        self.grids: dict[str, list[dict[str, object]]] = {}
 
     def run(self, resume: bool = False) -> dict[str, object]:
         """Train until the budget ends or Ctrl-C, then validate in full and write everything.
@@ -62,11 +70,15 @@ class Comparison:
         """
         start = self._start(resume)
         with catching_interrupt() as interrupt:
-            self.status = train(self.twins, self.task, self.settings, interrupt, self.note, start, self._checkpoint)
+            status = train(self.twins, self.task, self.settings, interrupt, self.note, start, self._checkpoint)
         evaluate(self.twins, self.task, self.settings, self.settings.validation_rows)
         self.note()
         prompt = self.task.prompt(self.settings.context)
-        self.draw(prompt)
+        if isinstance(self.task, PasskeyTask) and self.settings.grid:
+            self.grids = {twin.attention: ask_everywhere(twin, self.task, self.settings.grid) for twin in self.twins}
+        self.status = status
+        self.save()
+        self.draw(prompt[:, :DRAWN])
         if self.settings.continuation:
             self.continuations = {twin.attention: self._continuation(twin, prompt) for twin in self.twins}
         if self.status == "finished":
@@ -88,25 +100,23 @@ class Comparison:
                 f"the checkpoint in {newest} was written with {written}, got {given}; resume with the options of that "
                 f"run, or leave out --resume"
             )
-        self.gates = [(tokens, torch.tensor(mean)) for tokens, mean in notes["gates"]]
         return step
 
     def _checkpoint(self, step: int) -> None:
-        gates = [(tokens, mean.tolist()) for tokens, mean in self.gates]
-        self.checkpoints.save(step, self.twins, {"facts": self._facts(), "gates": gates})
+        self.checkpoints.save(step, self.twins, {"facts": self._facts()})
 
     def _facts(self) -> dict[str, object]:
-        """What makes two runs the same: all settings but the time they may take, and the data."""
+        """What makes two runs the same: the data, and all settings but time and how kernels are launched."""
         facts = asdict(self.settings) | {"task": self.task.name, "data": self.task.describe()}
-        del facts["minutes"]
-        return facts
+        return {name: value for name, value in facts.items() if name not in ("minutes", "captured")}
 
     def note(self) -> None:
         """After each validation: NSA's gates at this point, and the result so far, in case the run is killed."""
-        prompt = self.task.prompt(self.settings.context).to(self.device)
-        for twin in self._nsa():
-            with twin.autocast():
-                self.gates.append((twin.progress.tokens, gate_means(twin.model, prompt)))
+        rows = self.settings.batch  # as many as in training, for which everything is compiled already
+        batch = next(iter(self.task.validation(rows, rows, self.settings.context)))
+        for twin in self.twins:
+            if any(isinstance(module, NativeSparseAttention) for module in twin.model.modules()):
+                twin.progress.insights.append(observe(twin, batch))
         self.save()
 
     def draw(self, prompt: Tensor) -> None:
@@ -124,8 +134,10 @@ class Comparison:
             pictures.draw_selection(self.folder / "selection.png", look)
             if text is not None:
                 pictures.draw_query(self.folder / "attention.png", look, telling_query(look), text)
-            tokens, means = zip(*self.gates, strict=True)
-            pictures.draw_gates(self.folder / "gates.png", tokens, means)
+            pictures.draw_gates(self.folder / "gates.png", twin.progress.insights)
+            pictures.draw_insights(self.folder / "insights.png", twin.progress.insights)
+        if self.grids and self.ranks.first:
+            pictures.draw_grids(self.folder / "grid.png", self.grids)
 
     def save(self) -> dict[str, object]:
         """Write `result.json`."""
@@ -138,11 +150,19 @@ class Comparison:
             "seed": self.settings.seed,
             "config": asdict(self.settings),
             "data": self.task.describe(),
+            "random_hits": self.random_hits,
             "rows": [self._row(twin) for twin in self.twins],
         }
         if self.ranks.first:
             write_json(self.folder / "result.json", result)
         return result
+
+    @cached_property
+    def random_hits(self) -> float | None:
+        """Answers in sight of a selector that chooses at random, if the task says where answers are."""
+        rows = self.settings.validation_rows
+        batch = next(iter(self.task.validation(rows, rows, self.settings.context)))
+        return random_hits(self.settings.attention.nsa, batch)
 
     def _row(self, twin: Twin) -> dict[str, object]:
         written = self.continuations.get(twin.attention)
@@ -153,7 +173,7 @@ class Comparison:
             "bits_per_token": twin.progress.bits,
             "tokens_per_second": round(twin.progress.tokens_per_second, 1),
             **asdict(twin.progress),
-            "gates": [(tokens, mean.tolist()) for tokens, mean in self.gates] if twin.attention == "nsa" else None,
+            "grid": self.grids.get(twin.attention),
             "continuation": None if written is None else self.task.decode(written.tokens),
             "written_per_second": None if written is None else round(written.tokens_per_second, 1),
             "cached": None if written is None else written.cached,

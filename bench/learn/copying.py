@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.learn.rows import DrawnRows
+from bench.learn.rows import CPU, DrawnRows
 from bench.learn.task import IGNORED, Batch
 
 SEPARATOR = 0
@@ -20,10 +20,14 @@ class CopyTask(DrawnRows):
     Args:
         vocabulary: tokens are drawn from ``[1, vocabulary)``; 0 separates.
         seed: of all rows.
+        device: where training rows are drawn.
+        curriculum: training steps and how many tokens a row has before each.
     """
 
     vocabulary: int = 64
     seed: int = 0
+    device: torch.device = CPU
+    curriculum: tuple[tuple[int, int], ...] = ()
     unit: str = "token"
     name: str = "copy"
 
@@ -35,12 +39,13 @@ class CopyTask(DrawnRows):
         """
         if context < 3:
             raise ValueError(f"context: expected at least 3 tokens, got {context}; lengthen --context")
-        length = context // 2
-        told = torch.randint(1, self.vocabulary, (size, length), generator=generator)
-        whole = torch.cat([told, torch.full((size, 1), SEPARATOR), told], dim=1)[:, : context + 1]
+        length, device = context // 2, generator.device
+        told = torch.randint(1, self.vocabulary, (size, length), generator=generator, device=device)
+        whole = torch.cat([told, torch.full((size, 1), SEPARATOR, device=device), told], dim=1)[:, : context + 1]
         labels = whole[:, 1:].clone()
         labels[:, :length] = IGNORED
-        return Batch(whole[:, :-1], labels)
+        places = torch.arange(length, context, device=device).expand(size, -1)
+        return Batch(whole[:, :-1], labels, places=places, sources=places - length)
 
     def decode(self, tokens: list[int]) -> str:
         """Token numbers, the separator as a bar."""

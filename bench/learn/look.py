@@ -24,13 +24,14 @@ class Query(NamedTuple):
 
 def look_into(model: Transformer, tokens: Int64[Tensor, "1 t"]) -> list[Look]:
     """Run one row and look at all of its queries in each layer."""
-    return [look_at_layer(layer, x) for layer, x in _layers(model, tokens)]
+    return [look_at_layer(layer, x) for layer, x in attention_layers(model, tokens)]
 
 
 @torch.no_grad()
-def gate_means(model: Transformer, tokens: Int64[Tensor, "1 t"]) -> Float[Tensor, "layers hq branches"]:
+def gate_means(model: Transformer, tokens: Int64[Tensor, "b t"]) -> Float[Tensor, "layers hq branches"]:
     """Mean over the tokens of each layer's gates."""
-    return torch.stack([layer.attention.gate(x)[0].mean(dim=1) for layer, x in _layers(model, tokens)]).float().cpu()
+    layers = attention_layers(model, tokens)
+    return torch.stack([layer.attention.gate(x).mean(dim=(0, 2)) for layer, x in layers]).float().cpu()
 
 
 def telling_query(looks: Sequence[Look]) -> Query:
@@ -49,7 +50,7 @@ def _chosen_freely(look: Look) -> Float[Tensor, "hk t"]:
     return gain.unflatten(0, (look.num_kv_heads, -1)).float().mean(1)
 
 
-def _layers(model: Transformer, tokens: Tensor) -> list[tuple[NativeSparseAttention, Tensor]]:
+def attention_layers(model: Transformer, tokens: Tensor) -> list[tuple[NativeSparseAttention, Tensor]]:
     """Each attention layer with its input."""
     found: list[tuple[NativeSparseAttention, Tensor]] = []
     handles = [

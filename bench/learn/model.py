@@ -1,11 +1,12 @@
 """A small causal transformer whose attention is swapped by name: RMSNorm, rotary attention, gated MLP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from bench.learn.attention import ATTENTIONS, AttentionShape
 from flexnsa import NativeSparseAttention, NSACache
@@ -22,12 +23,16 @@ class ModelShape:
         layers: transformer blocks.
         hidden: inner width of the gated MLP.
         vocabulary: distinct tokens.
+        convolution: tokens of a causal depthwise convolution after the embedding, 0 for none.
+        embedding_std: standard deviation of the embedding's first values.
     """
 
     attention: AttentionShape
     layers: int
     hidden: int
     vocabulary: int
+    convolution: int = 0
+    embedding_std: float = 0.02
 
 
 class GatedMLP(nn.Module):
@@ -42,6 +47,19 @@ class GatedMLP(nn.Module):
         """Token by token."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(silu(gate) * up)
+
+
+class CausalConvolution(nn.Module):
+    """x plus a learned mix of each channel's last `width` values: the order of near tokens, without a position."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, dim) * width**-0.5)
+
+    def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b t dim"]:
+        """Channel by channel."""
+        past = (pad(x, (0, 0, back, 0))[:, : x.shape[1]] for back in range(len(self.weight)))
+        return sum((shifted * weight for shifted, weight in zip(past, self.weight, strict=True)), start=x)
 
 
 class Block(nn.Module):
@@ -72,27 +90,42 @@ class Transformer(nn.Module):
 
     def __init__(self, shape: ModelShape, attention: str):
         super().__init__()
-        self.embedding = nn.Embedding(shape.vocabulary, shape.attention.dim)
+        dim = shape.attention.dim
+        self.embedding = nn.Embedding(shape.vocabulary, dim)
+        self.convolution = CausalConvolution(dim, shape.convolution) if shape.convolution else None
         self.blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.attention.dim)
-        self.head = nn.Linear(shape.attention.dim, shape.vocabulary, bias=False)
+        self.norm = nn.RMSNorm(dim)
+        self.head = nn.Linear(dim, shape.vocabulary, bias=False)
         self.head.weight = self.embedding.weight
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=shape.embedding_std)
 
     def forward(
         self,
         tokens: Int64[Tensor, "b t"],
         caches: Sequence[NSACache] | None = None,
         documents: Int64[Tensor, "b t"] | None = None,
-    ) -> Float[Tensor, "b t vocabulary"]:
-        """Logits of the token after each; with caches the tokens continue those of earlier calls."""
+        places: Int64[Tensor, "b n"] | None = None,
+        blocks: Sequence[Callable[..., Tensor]] | None = None,
+    ) -> Float[Tensor, "b n vocabulary"]:
+        """Logits of the token after each, or after those at `places`.
+
+        With caches the tokens continue those of earlier calls. `blocks` are run instead of the model's own: the same,
+        compiled.
+        """
         x = self.embedding(tokens)
-        for number, block in enumerate(self.blocks):
+        if self.convolution is not None:
+            x = self.convolution(x)
+        chosen: Iterable[Callable[..., Tensor]] = self.blocks if blocks is None else blocks
+        for number, block in enumerate(chosen):
             x = block(x, None if caches is None else caches[number], documents)
+        if places is not None:
+            x = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
         return self.head(self.norm(x))
 
     def new_caches(self, batch: int, max_tokens: int) -> list[NSACache] | None:
-        """An empty cache for each layer, None where the attention has none."""
+        """An empty cache for each layer, None where the attention or the convolution has none."""
+        if self.convolution is not None:
+            return None
         attentions = [block.attention for block in self.blocks]
         caches = [
             layer.new_cache(batch, max_tokens) for layer in attentions if isinstance(layer, NativeSparseAttention)

@@ -1,12 +1,13 @@
 """Multi-query associative recall: key-value pairs first, then some of the keys again, each asking for its value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.nn.functional import pad
 
-from bench.learn.rows import DrawnRows
+from bench.learn.rows import CPU, DrawnRows
 from bench.learn.task import IGNORED, Batch
 
 
@@ -22,12 +23,16 @@ class MQARTask(DrawnRows):
         vocabulary: V; keys come from ``[1, V / 2)``, values from ``[V / 2, V)``.
         power: a.
         seed: of all rows.
+        device: where training rows are drawn.
+        curriculum: training steps and how many pairs a row has before each.
     """
 
     pairs: int
     vocabulary: int = 8192
     power: float = 0.01
     seed: int = 0
+    device: torch.device = CPU
+    curriculum: tuple[tuple[int, int], ...] = ()
     unit: str = "answer"
     name: str = "mqar"
 
@@ -50,19 +55,27 @@ class MQARTask(DrawnRows):
                 f"context: expected at least {4 * self.pairs} tokens for {self.pairs} pairs and their questions, got "
                 f"{context}; lengthen --context or lower --pairs"
             )
-        half = self.vocabulary // 2
-        keys = 1 + torch.rand(size, half - 1, generator=generator).topk(self.pairs).indices
-        values = half + torch.rand(size, half, generator=generator).topk(self.pairs).indices
-        inputs = torch.zeros(size, context, dtype=torch.int64)
+        half, device = self.vocabulary // 2, generator.device
+        keys = 1 + torch.rand(size, half - 1, generator=generator, device=device).topk(self.pairs).indices
+        values = half + torch.rand(size, half, generator=generator, device=device).topk(self.pairs).indices
+        inputs = torch.zeros(size, context, dtype=torch.int64, device=device)
         inputs[:, 0:told:2], inputs[:, 1:told:2] = keys, values
         asked = told + 2 * self._gaps(size, places, generator)
-        labels = torch.full_like(inputs, IGNORED)
-        return Batch(inputs.scatter_(1, asked, keys), labels.scatter_(1, asked, values))
+        labels = torch.full_like(inputs, IGNORED).scatter_(1, asked, values)
+        sources = 1 + 2 * torch.arange(self.pairs, device=device).expand(size, -1)
+        return Batch(inputs.scatter_(1, asked, keys), labels, places=asked, sources=sources)
+
+    def smaller_rows(self, smaller: int, size: int, context: int, generator: torch.Generator) -> Batch:
+        """Rows of as many tokens with ``smaller`` pairs; places are filled up with token 0, which has no label."""
+        batch = replace(self, pairs=smaller).rows(size, context, generator)
+        places, sources = (None if x is None else pad(x, (0, self.pairs - smaller)) for x in batch[3:])
+        return batch._replace(places=places, sources=sources)
 
     def _gaps(self, size: int, places: int, generator: torch.Generator) -> Int64[Tensor, "b pairs"]:
         """Distinct places by the power law, for pair 1 .. K: the largest of Gumbel-perturbed log-probabilities."""
-        log_probability = (self.power - 1) * torch.arange(1, places + 1).log()
-        noise = -torch.empty(size, places).exponential_(generator=generator).log()
+        device = generator.device
+        log_probability = (self.power - 1) * torch.arange(1, places + 1, device=device).log()
+        noise = -torch.empty(size, places, device=device).exponential_(generator=generator).log()
         return (log_probability + noise).topk(self.pairs).indices
 
     def decode(self, tokens: list[int]) -> str:

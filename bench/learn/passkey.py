@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from bench.learn.rows import DrawnRows, cut, row_generator
+from bench.learn.rows import CPU, DrawnRows, cut, row_generator
 from bench.learn.task import IGNORED, Batch
 
 KEY, QUESTION, FIRST_DIGIT, FIRST_FILLER = 0, 1, 2, 12
@@ -24,17 +24,21 @@ class PasskeyTask(DrawnRows):
         digits: length of the passkey.
         vocabulary: noise comes from ``[12, vocabulary)``; below that are the two markers and the ten digits.
         seed: of all rows.
+        device: where training rows are drawn.
+        curriculum: training steps and how many tokens a row has before each.
     """
 
     digits: int = 5
     vocabulary: int = 256
     seed: int = 0
+    device: torch.device = CPU
+    curriculum: tuple[tuple[int, int], ...] = ()
     unit: str = "digit"
     name: str = "passkey"
 
     def rows(self, size: int, context: int, generator: torch.Generator) -> Batch:
         """``size`` rows, depths uniform."""
-        return self.at_depths(torch.rand(size, generator=generator), context, generator)
+        return self.at_depths(torch.rand(size, generator=generator, device=generator.device), context, generator)
 
     def validation(self, rows: int, size: int, context: int) -> Iterator[Batch]:
         """``rows`` rows that no training step draws, depths evenly spaced."""
@@ -52,16 +56,17 @@ class PasskeyTask(DrawnRows):
                 f"context: expected at least {2 * self.digits + 1} tokens for key and question, got {context}; "
                 "lengthen --context"
             )
-        size = len(depths)
-        digits = torch.randint(FIRST_DIGIT, FIRST_FILLER, (size, self.digits), generator=generator)
-        whole = torch.randint(FIRST_FILLER, self.vocabulary, (size, context + 1), generator=generator)
-        key = torch.cat([torch.full((size, 1), KEY), digits], dim=1)
-        places = (depths.double() * noise).round().long()[:, None] + torch.arange(self.digits + 1)
-        whole.scatter_(1, places, key)
+        size, device = len(depths), generator.device
+        digits = torch.randint(FIRST_DIGIT, FIRST_FILLER, (size, self.digits), generator=generator, device=device)
+        whole = torch.randint(FIRST_FILLER, self.vocabulary, (size, context + 1), generator=generator, device=device)
+        key = torch.cat([torch.full((size, 1), KEY, device=device), digits], dim=1)
+        told = (depths.double() * noise).round().long()[:, None] + torch.arange(self.digits + 1, device=device)
+        whole.scatter_(1, told, key)
         whole[:, -self.digits - 1], whole[:, -self.digits :] = QUESTION, digits
-        labels = torch.full((size, context), IGNORED)
+        labels = torch.full((size, context), IGNORED, device=device)
         labels[:, -self.digits :] = digits
-        return Batch(whole[:, :-1], labels)
+        places = torch.arange(context - self.digits, context, device=device).expand(size, -1)
+        return Batch(whole[:, :-1], labels, places=places, sources=told[:, 1:])
 
     def prompt(self, tokens: int) -> Int64[Tensor, "1 t"]:
         """A row of no training step, the key in its middle."""

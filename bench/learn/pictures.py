@@ -3,18 +3,23 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from bench.learn.look import BRANCHES, Query
-from bench.learn.train import Progress
+from bench.learn.progress import Progress
 from flexnsa.inspect import Look, draw_text
 from flexnsa.inspect.draw import COLOURS, paint_selection
 
 TWIN_COLOURS = {"nsa": "#c1121f", "full": "#1d3557", "window": "#8d99ae"}
+GREY = "#8a8a94"
 DPI = 150
+
+Insight = Mapping[str, Any]
+"""What ``bench.learn.insight.observe`` returns."""
 
 
 def draw_losses(path: Path, progress: Mapping[str, Progress], unit: str) -> None:
@@ -85,18 +90,81 @@ def draw_query(path: Path, looks: Sequence[Look], query: Query, text: Sequence[s
     figure.savefig(path, dpi=DPI)
 
 
-def draw_gates(path: Path, tokens: Sequence[int], means: Sequence[Tensor]) -> None:
-    """Mean gate of each layer and branch over training; `means` holds a [layers, heads, branches] tensor a point."""
-    stacked = np.stack([mean.numpy() for mean in means])
-    layers = stacked.shape[1]
+def draw_gates(path: Path, insights: Sequence[Insight]) -> None:
+    """Mean gate of each layer and branch over training."""
+    layers = len(insights[0]["gates"])
     figure = Figure(figsize=(3.6 * layers, 3.4), layout="constrained")
-    for layer, axes in enumerate(figure.subplots(1, layers, sharey=True, squeeze=False).flat):
+    paint_gates(list(figure.subplots(1, layers, sharey=True, squeeze=False).flat), insights)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_insights(path: Path, insights: Sequence[Insight]) -> None:
+    """How far away the freely chosen blocks lie, and the gradients that each branch's parameters get."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    paint_distances(left, insights[-1]["free"])
+    paint_gradients(right, insights)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_grids(path: Path, grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Digits found by each model, by the passkey's depth and the row's length."""
+    figure = Figure(figsize=(4.2 * len(grids), 3.6), layout="constrained")
+    for axes, (name, cells) in zip(figure.subplots(1, len(grids), squeeze=False).flat, grids.items(), strict=True):
+        paint_grid(axes, cells)
+        axes.set_title(name)
+    figure.savefig(path, dpi=DPI)
+
+
+def paint_gates(grid: Sequence[Axes], insights: Sequence[Insight]) -> None:
+    """Mean gate of each branch over training, the band being the heads; a layer on each of the axes."""
+    tokens = [insight["tokens"] for insight in insights]
+    stacked = np.array([insight["gates"] for insight in insights])
+    for layer, axes in enumerate(grid):
         for branch, name in enumerate(BRANCHES):
             heads = stacked[:, layer, :, branch]
             axes.plot(tokens, heads.mean(1), color=COLOURS[name], label=name)
             axes.fill_between(tokens, heads.min(1), heads.max(1), color=COLOURS[name], alpha=0.15, lw=0)
         axes.set(title=f"layer {layer + 1}", xlabel="training tokens", ylim=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("gate (mean; band: heads)")
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=DPI)
+    grid[0].set_ylabel("gate (mean; band: heads)")
+    grid[0].legend(frameon=False, fontsize=8)
+
+
+def paint_distances(axes: Axes, free: Mapping[str, Any]) -> None:
+    """Share of the freely chosen blocks by distance in tokens, a line for each layer; a random choice dashed."""
+    tokens = [distance * free["block"] for distance in free["distances"]]
+    for layer, shares in enumerate(free["layers"]):
+        axes.plot(tokens, shares, "o-", ms=3, label=f"layer {layer + 1}")
+    axes.plot(tokens, free["random"], "--", color=GREY, label="at random")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="distance from the query (tokens)", ylabel="share of freely chosen blocks", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def paint_gradients(axes: Axes, insights: Sequence[Insight]) -> None:
+    """Norm of the gradient of each branch's own parameters over training, over all layers together."""
+    tokens = [insight["tokens"] for insight in insights]
+    for name in BRANCHES:
+        found = [[layer.get(name, 0.0) for layer in insight.get("gradients", ())] for insight in insights]
+        axes.plot(tokens, [sum(x * x for x in norms) ** 0.5 for norms in found], color=COLOURS[name], label=name)
+    axes.set_yscale("log")
+    axes.set(xlabel="training tokens", ylabel="gradient norm of the branch's parameters")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def paint_grid(axes: Axes, cells: Sequence[Mapping[str, Any]]) -> None:
+    """Share of the digits found, by depth and length."""
+    lengths, depths = (sorted({cell[name] for cell in cells}) for name in ("tokens", "depth"))
+    found = {(cell["depth"], cell["tokens"]): cell["digits"] for cell in cells}
+    table = np.array([[found.get((depth, length), np.nan) for length in lengths] for depth in depths])
+    axes.imshow(table, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.ndindex(*table.shape):
+        axes.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", fontsize=7, color="black")
+    axes.set_xticks(
+        range(len(lengths)), [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths]
+    )
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set(xlabel="row length (tokens)", ylabel="depth of the passkey")

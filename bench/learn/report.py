@@ -18,8 +18,21 @@ def report(result: Mapping[str, Any]) -> str:
         for row in result["rows"]
         if row["continuation"] is not None
     ]
+    seen = _answers_seen(result)
     where = f"\n{result['status']} on {result['device']}, torch {result['torch']}, seed {result['seed']}\n"
-    return "\n".join([where, head, *table, *samples])
+    return "\n".join([where, head, *table, *seen, *samples])
+
+
+def _answers_seen(result: Mapping[str, Any]) -> list[str]:
+    """How many answers lie in selected blocks, of each NSA and of a selector that fills its free slots blindly."""
+    if result["random_hits"] is None:
+        return []
+    lines = [f"\nanswers in a selected block: {result['random_hits']:.3f} where free slots are filled at random"]
+    for row in result["rows"]:
+        if row["insights"]:
+            layers = ", ".join(f"{hits:.3f}" for hits in row["insights"][-1]["hits"])
+            lines.append(f"  {row['attention']}, layer by layer: {layers}")
+    return lines
 
 
 def _speed(row: Mapping[str, Any]) -> str:

@@ -24,8 +24,14 @@ class Settings:
         evaluations: validation points on the curve, besides the first and the last.
         validation_rows: rows of the final validation; the curve uses a quarter of them.
         continuation: tokens to sample from each twin at the end, 0 for none.
+        curriculum: shares of the steps, ascending, and a size before each: of a row's pairs (mqar) or tokens.
+        pairs: of a row of mqar, None for a sixteenth of its tokens.
+        grid: row lengths at which a trained passkey model is asked at every depth.
+        convolution: tokens of a causal depthwise convolution after the embedding, 0 for none.
+        embedding_std: standard deviation of the embedding's first values.
         bfloat16: autocast to bfloat16 in training and validation.
         compiled: run each twin through torch.compile.
+        captured: replay a training step from a CUDA graph, so that small kernels do not wait for Python.
         seed: of the weights, the batches and the sampled continuation.
     """
 
@@ -40,8 +46,14 @@ class Settings:
     evaluations: int
     validation_rows: int
     continuation: int = 240
+    curriculum: tuple[tuple[float, int], ...] = ()
+    pairs: int | None = None
+    grid: tuple[int, ...] = ()
+    convolution: int = 0
+    embedding_std: float = 0.02
     bfloat16: bool = False
     compiled: bool = False
+    captured: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +71,11 @@ class Settings:
         """Optimizer steps."""
         return self.tokens // (self.batch * self.context)
 
+    @property
+    def step_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The curriculum in steps instead of shares."""
+        return tuple((round(share * self.steps), size) for share, size in self.curriculum)
+
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         warm_up = max(1, self.steps // 20)
@@ -67,7 +84,14 @@ class Settings:
 
 def twin_shape(settings: Settings, attention: str, vocabulary: int) -> ModelShape:
     """Sizes of one twin: its MLP is as wide as makes its parameters equal those of the full-attention twin."""
-    shape = ModelShape(settings.attention, settings.layers, settings.hidden, vocabulary)
+    shape = ModelShape(
+        settings.attention,
+        settings.layers,
+        settings.hidden,
+        vocabulary,
+        settings.convolution,
+        settings.embedding_std,
+    )
     with torch.device("meta"):
         surplus = count_parameters(Transformer(shape, attention)) - count_parameters(Transformer(shape, "full"))
     one_step = 3 * settings.attention.dim * settings.layers * HIDDEN_STEP

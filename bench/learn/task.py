@@ -1,10 +1,15 @@
 """What a task gives the trainer: seeded batches of tokens and labels."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
+
+from bench.parallel import Ranks
 
 IGNORED = -100
 
@@ -12,12 +17,34 @@ IGNORED = -100
 class Batch(NamedTuple):
     """Tokens and the label to predict at each of them; `IGNORED` where nothing is asked.
 
-    `documents` says to which document each token belongs, ascending within a row; None for one document a row.
+    `documents` says to which document each token belongs, ascending within a row; None for one document a row. `places`
+    holds every token at which something is asked, in no order and perhaps with others among them, None for all; and
+    `sources`, where it is known, the token that tells the answer to each.
     """
 
     inputs: Int64[Tensor, "b t"]
     labels: Int64[Tensor, "b t"]
     documents: Int64[Tensor, "b t"] | None = None
+    places: Int64[Tensor, "b n"] | None = None
+    sources: Int64[Tensor, "b n"] | None = None
+
+    def share(self, ranks: Ranks) -> Batch:
+        """A rank's rows; as many on each, the last filled up with rows in which nothing is asked."""
+        documents, places, sources = (None if x is None else ranks.rows(x) for x in self[2:])
+        return Batch(ranks.rows(self.inputs), ranks.rows(self.labels, IGNORED), documents, places, sources)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Each tensor changed."""
+        return Batch(change(self.inputs), change(self.labels), *(None if x is None else change(x) for x in self[2:]))
+
+    @property
+    def asked(self) -> Int64[Tensor, "b n"]:
+        """The labels at `places`."""
+        return self.labels if self.places is None else self.labels.gather(1, self.places)
 
 
 class Task(Protocol):

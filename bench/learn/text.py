@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from bench.learn.rows import CPU
 from bench.learn.task import Batch
 
 # Tests are long tables of literals, pydoc_data one generated text of 750 kB, lib2to3's grammar tests broken on purpose.
@@ -45,19 +46,25 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def read_corpus(root: Path) -> Corpus:
-    """Read and split the `*.py` files below `root`; about one file in `VALIDATION_SHARE` is held out.
+def installed_packages() -> Path:
+    """Folder of the packages installed for the running Python."""
+    return Path(sysconfig.get_path("purelib"))
+
+
+def read_corpus(*roots: Path) -> Corpus:
+    """Read and split the `*.py` files below `roots`; about one file in `VALIDATION_SHARE` is held out.
 
     Raises:
-        ValueError: a split is empty, because `root` holds hardly any Python source.
+        ValueError: a split is empty, because `roots` hold hardly any Python source.
     """
-    contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in source_files(root)}
+    contents = {path.relative_to(root).as_posix(): path.read_bytes() for root in roots for path in source_files(root)}
     held_out = {name for name, content in contents.items() if is_validation(content)}
     train = {name: content for name, content in contents.items() if name not in held_out}
     validation = {name: content for name, content in contents.items() if name in held_out}
     if not train or not validation:
         raise ValueError(
-            f"root: expected a folder with enough *.py files to split, got {len(contents)} of them below {root}; "
+            f"root: expected a folder with enough *.py files to split, got {len(contents)} of them below "
+            f"{', '.join(map(str, roots))}; "
             "install the standard library's source, or pass another folder with --source"
         )
     return Corpus(
@@ -80,14 +87,15 @@ class TextTask:
     vocabulary = 256
     unit = "byte"
 
-    def __init__(self, corpus: Corpus, seed: int):
+    def __init__(self, corpus: Corpus, seed: int, device: torch.device = CPU):
         self.corpus = corpus
         self.seed = seed
+        self.train = corpus.train.to(device)
 
     def training(self, step: int, size: int, context: int) -> Batch:
-        """`size` crops of `context` bytes at places drawn from `(seed, step)`."""
-        starts = np.random.default_rng((self.seed, step)).integers(self._crops(self.corpus.train, context), size=size)
-        return _batch(self.corpus.train, torch.from_numpy(starts), context)
+        """`size` crops of `context` bytes at places drawn from `(seed, step)`, on the task's device."""
+        starts = np.random.default_rng((self.seed, step)).integers(self._crops(self.train, context), size=size)
+        return _batch(self.train, torch.from_numpy(starts).to(self.train.device), context)
 
     def validation(self, rows: int, size: int, context: int) -> Iterator[Batch]:
         """`rows` crops of the held-out bytes, evenly spaced and independent of the seed."""
@@ -159,5 +167,5 @@ class PackedTextTask(TextTask):
 
 
 def _batch(data: UInt8[Tensor, "bytes"], starts: Int64[Tensor, "b"], context: int) -> Batch:
-    rows = data[starts[:, None] + torch.arange(context + 1)].long()
+    rows = data[starts[:, None] + torch.arange(context + 1, device=data.device)].long()
     return Batch(rows[:, :-1], rows[:, 1:])

@@ -1,43 +1,28 @@
 """Train several twins in step: each batch goes to every twin before the next is drawn, so a stop is fair to all."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from bench.interrupt import Interrupt
 from bench.learn.model import Transformer
-from bench.learn.parallel import ALONE, Ranks
+from bench.learn.progress import Clock, Progress
 from bench.learn.settings import Settings, twin_shape
+from bench.learn.step import Step, Stepped
 from bench.learn.task import IGNORED, Batch, Task
+from bench.parallel import ALONE, Ranks
 
-
-@dataclass
-class Progress:
-    """What one twin has been through. Bits are per labelled token; `position_bits` is by position in the context."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    train_bits: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    accuracy: list[tuple[int, float]] = field(default_factory=list)
-    position_bits: list[float | None] = field(default_factory=list)
-
-    @property
-    def bits(self) -> float:
-        """The latest validation bits per token."""
-        return self.validation[-1][1] if self.validation else math.nan
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Training speed, validation not counted."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+SETTLED = 50
+"""Steps after which the host waits for the device, so that it does not run ahead of a deadline by more."""
 
 
 class Twin:
@@ -51,42 +36,51 @@ class Twin:
         self.device = device
         torch.manual_seed(settings.seed)
         self.model = Transformer(self.shape, attention).to(device)
-        ranks.shard(self.model)
-        self.network: Callable[..., Tensor] = torch.compile(self.model) if settings.compiled else self.model
+        ranks.shard(*self.model.blocks, self.model)
+        self.network: Callable[..., Tensor] = self.model
+        if settings.compiled:  # block by block: one compilation serves them all
+            self.network = partial(self.model, blocks=[torch.compile(block) for block in self.model.blocks])
         self.optimizer = _optimizer(self.model, settings)
+        self.step = Step(self.model, self.optimizer, self.loss, settings.captured)
+        self.pending: list[tuple[Stepped, Clock]] = []
         self.progress = Progress()
 
     def learn(self, batch: Batch, rate: float) -> None:
-        """One optimizer step."""
-        started = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        # The ranks' gradients are averaged, so that each rank's part of the sum counts as often as there are ranks.
-        share = self.ranks.share(batch)
-        loss = self._bits(self._logits(share), share).sum() * self.ranks.count / _asked(batch).sum().to(self.device)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.progress.train_bits.append(self.ranks.total(loss.detach()).item() / self.ranks.count)
+        """One optimizer step. What it found is known after ``settle``, on a CPU at once."""
+        clock = Clock(self.device)
+        batch = batch.to(self.device)
+        stepped = self.step(batch.share(self.ranks), (batch.asked != IGNORED).sum(), rate)
+        clock.stop()
+        self.pending.append((stepped, clock))
         self.progress.tokens += batch.inputs.numel()
-        self.progress.seconds += time.perf_counter() - started
+        if self.device.type == "cpu":
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the steps so far, and note what they found."""
+        for (loss, norm), clock in self.pending:
+            self.progress.train_bits.append(self.ranks.total(loss).item() / self.ranks.count)
+            self.progress.norms.append(norm.item())
+            self.progress.seconds += clock.seconds()
+        self.pending.clear()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> None:
         """Add a validation point, and keep the loss by position."""
-        bits, right = torch.zeros(2, self.settings.context, dtype=torch.float64)
-        asked = torch.zeros(self.settings.context, dtype=torch.int64)
+        self.settle()
+        context = self.settings.context
+        found = torch.zeros(3, context, dtype=torch.float64, device=self.device)
         for batch in batches:
-            share = self.ranks.share(batch)
-            logits = self._logits(share)
-            correct = logits.argmax(-1) == share.labels.to(self.device)
-            found = torch.stack([self._bits(logits, share).double(), correct.double()])
-            total = self.ranks.total(found.sum(dim=1)).cpu()
-            bits, right, asked = bits + total[0], right + total[1], asked + _asked(batch).sum(dim=0)
-        tokens, labels = self.progress.tokens, asked.sum()
-        self.progress.validation.append((tokens, (bits.sum() / labels).item()))
-        self.progress.accuracy.append((tokens, (right.sum() / labels).item()))
+            share = batch.share(self.ranks).to(self.device)
+            logits, labels = self.logits(share), share.asked
+            places = torch.arange(context, device=self.device) if share.places is None else share.places
+            values = [self._bits(logits, labels), logits.argmax(-1) == labels, labels != IGNORED]
+            for row, value in zip(found, values, strict=True):
+                row.index_add_(0, places.expand_as(labels).flatten(), value.double().flatten())
+        bits, right, asked = self.ranks.total(found).cpu()
+        tokens = self.progress.tokens
+        self.progress.validation.append((tokens, (bits.sum() / asked.sum()).item()))
+        self.progress.accuracy.append((tokens, (right.sum() / asked.sum()).item()))
         pairs = zip(bits.tolist(), asked.tolist(), strict=True)
         self.progress.position_bits = [total / count if count else None for total, count in pairs]
 
@@ -94,16 +88,24 @@ class Twin:
         """The precision in which this twin trains."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
 
-    def _logits(self, batch: Batch) -> Float[Tensor, "b t vocabulary"]:
+    def logits(self, batch: Batch) -> Float[Tensor, "b n vocabulary"]:
+        """What the model expects at the places of a batch on its device."""
+        given = {"documents": batch.documents, "places": batch.places}
         with self.autocast():
-            documents = None if batch.documents is None else batch.documents.to(self.device)
-            return self.network(batch.inputs.to(self.device), documents=documents)
+            return self.network(batch.inputs, **{name: value for name, value in given.items() if value is not None})
 
-    def _bits(self, logits: Float[Tensor, "b t vocabulary"], batch: Batch) -> Float[Tensor, "b t"]:
+    def loss(self, batch: Batch, labels: Tensor) -> Float[Tensor, ""]:
+        """Bits per label, where all ranks together have ``labels`` of them.
+
+        The ranks' gradients are averaged, so that each rank's part of the sum counts as often as there are ranks.
+        """
+        return self._bits(self.logits(batch), batch.asked).sum() * self.ranks.count / labels
+
+    @staticmethod
+    def _bits(logits: Float[Tensor, "b n vocabulary"], labels: Int64[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """Bits of each label, 0 where none is asked."""
-        labels = batch.labels.to(self.device)
-        nats = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        return nats / math.log(2)
+        nats = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return nats.view_as(labels) / math.log(2)
 
 
 def train(
@@ -147,6 +149,11 @@ def train(
             for twin in twins:
                 twin.learn(batch, settings.rate(step))
             bar.update(batch.inputs.numel())
+            if step % SETTLED == 0:
+                for twin in twins:
+                    twin.settle()
+    for twin in twins:
+        twin.settle()
     return "finished"
 
 
@@ -156,12 +163,11 @@ def evaluate(twins: Sequence[Twin], task: Task, settings: Settings, rows: int) -
         twin.evaluate(task.validation(max(1, rows), settings.batch, settings.context))
 
 
-def _asked(batch: Batch) -> Bool[Tensor, "b t"]:
-    return batch.labels != IGNORED
-
-
 def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    rate: float | Tensor = settings.learning_rate
+    if settings.captured:
+        rate = torch.tensor(rate, device=matrices[0].device)
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=settings.captured)

@@ -23,6 +23,7 @@ class Case:
         tokens: lengths t, as many queries as keys.
         inputs: how q, k, v are drawn.
         batch: rows of the batch.
+        documents: documents packed into each row, of mixed lengths.
         config: NSA's geometry.
     """
 
@@ -34,6 +35,7 @@ class Case:
     tokens: tuple[int, ...]
     inputs: Inputs = "random"
     batch: int = 1
+    documents: int = 1
     config: NSAConfig = field(default_factory=NSAConfig)
 
     @property
@@ -42,7 +44,7 @@ class Case:
         return self.heads // self.kv_heads
 
 
-LONG = (8192, 16384, 32768, 65536, 131072)
+LONG = (8192, 16384, 32768, 65536, 131072, 262144)
 SMALL_CONFIG = NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=4, window=32)
 
 CASES: Mapping[str, Case] = {
@@ -50,12 +52,14 @@ CASES: Mapping[str, Case] = {
     for case in (
         Case("64q-4kv-128", 64, 4, 128, 128, LONG),
         Case("64q-4kv-128-correlated", 64, 4, 128, 128, (65536,), "correlated"),
+        Case("64q-4kv-128-packed", 64, 4, 128, 128, (65536,), documents=32),
         Case("32q-8kv-128", 32, 8, 128, 128, (16384, 65536)),
         Case("64q-4kv-192-128", 64, 4, 192, 128, (16384,)),
         Case("small", 4, 1, 32, 32, (256, 512, 1024), config=SMALL_CONFIG),
         Case("small-correlated", 4, 1, 32, 32, (512,), "correlated", config=SMALL_CONFIG),
+        Case("small-packed", 4, 1, 32, 32, (512,), documents=8, config=SMALL_CONFIG),
     )
 }
 
-ON_CUDA = ("64q-4kv-128", "64q-4kv-128-correlated", "32q-8kv-128", "64q-4kv-192-128")
-ON_CPU = ("small", "small-correlated")
+ON_CUDA = ("64q-4kv-128", "64q-4kv-128-correlated", "64q-4kv-128-packed", "32q-8kv-128", "64q-4kv-192-128")
+ON_CPU = ("small", "small-correlated", "small-packed")

@@ -10,6 +10,7 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 
 from bench.interrupt import catching_interrupt
+from bench.options import add_device, device_of
 from bench.speed import cases, engines
 from bench.speed.pictures import draw
 from bench.speed.report import report
@@ -21,8 +22,9 @@ Time NSA against dense attention, and against others' NSA where installed: forwa
 stage, over lengths, on random inputs and on inputs that drift along the sequence.
 
 Writes one JSON file, a row for each case, engine and length, as soon as it is measured, and pictures beside it. An
-engine that cannot run is a row that says why. Ctrl-C stops after the number being measured and keeps what is done.
-Times are medians with the middle 60% of the runs; memory is the peak of forward and backward beyond the inputs."""
+engine that cannot run, or not in time, is a row that says why. Ctrl-C stops after the row being measured and keeps what
+is done. Times are medians with the middle 60% of the runs; memory is beyond the inputs: what is held between forward
+and backward, and the peak of both."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,9 +43,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--forward-only", action="store_true", help="leave the gradients out")
     add("--no-breakdown", action="store_true", help="leave the stages out")
     add("--milliseconds", type=float, default=200.0, help="runs for each number take about this long (default: 200)")
+    add("--row-seconds", type=float, help="give a row up after this long, compilation included (default: never)")
+    add("--minutes", type=float, help="begin no row after this long (default: until all are done)")
     add("--seed", type=int, default=0, help="of the inputs (default: 0)")
-    add("--device", type=torch.device, help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add_device(parser)
     add("--out", type=Path, help="the JSON file (default: runs/speed-DEVICE.json)")
     parser.set_defaults(run=run)
 
@@ -56,11 +59,11 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.tokens and min(options.tokens) < 1:
         raise ValueError(f"--tokens: expected lengths of 1 or more, got {min(options.tokens)}")
-    if options.milliseconds <= 0:
-        raise ValueError(f"--milliseconds: expected a positive time, got {options.milliseconds}")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("milliseconds", "row_seconds", "minutes"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive time, got {value}")
+    device = device_of(options)
     measured = measurement(options, device)
     # Each backward is timed many times, so its buffers must outlive the first; and each length is compiled anew.
     many = dynamo_config.patch(recompile_limit=COMPILATIONS)
@@ -76,15 +79,17 @@ def measurement(options: argparse.Namespace, device: torch.device) -> Run:
     on_cuda = device.type == "cuda"
     dtype = options.dtype or ("bfloat16" if on_cuda else "float32")
     names = options.case or (cases.ON_CUDA if on_cuda else cases.ON_CPU)
+    chosen = (*options.engine, engines.STAGES) if options.engine else engines.ON_CUDA if on_cuda else engines.ON_CPU
     return Run(
         cases=[shortened(cases.CASES[name], options.tokens) for name in names],
-        engines=options.engine or (engines.ON_CUDA if on_cuda else engines.ON_CPU),
+        engines=[name for name in chosen if name != engines.STAGES or not options.no_breakdown],
         device=device,
         dtype=getattr(torch, dtype),
         path=options.out or Path("runs") / f"speed-{device.type}.json",
         budget=options.milliseconds,
         backward=not options.forward_only,
-        breakdown=not options.no_breakdown,
         everywhere=options.engine is not None,
+        row_seconds=options.row_seconds,
+        seconds=None if options.minutes is None else 60 * options.minutes,
         seed=options.seed,
     )

@@ -44,9 +44,12 @@ def costs(case: Case) -> Mapping[str, Cost]:
 
 
 def flops(case: Case, stage: str, tokens: int, *, backward: bool) -> float:
-    """FLOPs of a stage, forward or backward. Selection has no backward, and the forward's rest no counted FLOPs."""
+    """FLOPs of a stage, forward or backward; 0 where they are not counted: other stages, and rows of many documents.
+
+    Selection has no backward.
+    """
     known = costs(case)
-    if stage not in known:
+    if stage not in known or case.documents > 1:
         return 0.0
     once = case.batch * known[stage].at(tokens)
     if not backward:

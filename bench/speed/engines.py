@@ -1,18 +1,29 @@
 """What is compared: NSA by each of flexnsa's engines, dense attention, and others' NSA, all called alike."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bench.speed.cases import Case
 from bench.speed.inputs import Tensors
-from flexnsa import BranchKV, MeanPool, native_sparse_attention
+from flexnsa import (
+    Branch,
+    BranchKV,
+    CompressedBranch,
+    ImportanceSelector,
+    MeanPool,
+    SelectedBranch,
+    SparseAttention,
+    WindowBranch,
+    native_sparse_attention,
+)
 from flexnsa.engines import Impl
 from flexnsa_masks import block_mask, causal
 
@@ -24,14 +35,37 @@ class MissingError(Exception):
     """An engine that cannot run here; the message says why."""
 
 
-def nsa(case: Case, device: torch.device, *, impl: Impl, compiled: bool) -> Call:
+def nsa(case: Case, device: torch.device, *, impl: Impl, compiled: bool, recompute: Collection[str] = ()) -> Call:
     """The whole of NSA: mean-pool compression, scoring, selection, three branches, gates."""
     pool = MeanPool(case.config)
+    options: dict[str, Any] = {"recompute": recompute, "impl": impl}
 
     def call(x: Tensors) -> Tensor:
-        return native_sparse_attention(x.q, BranchKV.shared(x.k, x.v), x.gates, case.config, pool, impl=impl)
+        kv = BranchKV.shared(x.k, x.v)
+        return native_sparse_attention(x.q, kv, x.gates, case.config, pool, documents=x.documents, **options)
 
-    if impl == "triton" and device.type != "cuda":
+    return _ready(call, device, impl, compiled)
+
+
+def composed(case: Case, device: torch.device, *, compiled: bool) -> Call:
+    """The same as a composition of three branches and a selector."""
+    config = case.config
+    branches: dict[str, Branch] = {
+        "compressed": CompressedBranch(config, MeanPool(config)),
+        "selected": SelectedBranch(config),
+        "window": WindowBranch(config),
+    }
+    attention = SparseAttention(branches, lambda x: x, selector=ImportanceSelector(config))
+
+    def call(x: Tensors) -> Tensor:
+        kv = dict.fromkeys(branches, (x.k, x.v))
+        return attention(x.q, kv, x.gates, documents=x.documents)
+
+    return _ready(call, device, "auto", compiled)
+
+
+def _ready(call: Call, device: torch.device, impl: Impl, compiled: bool) -> Call:
+    if impl in ("flash", "triton") and device.type != "cuda":
         raise MissingError("its kernels need CUDA")
     if compiled and device.type != "cuda":
         raise MissingError("compiled FlexAttention has no backward on a CPU")
@@ -41,6 +75,7 @@ def nsa(case: Case, device: torch.device, *, impl: Impl, compiled: bool) -> Call
 
 def dense(case: Case, device: torch.device, *, backend: SDPBackend | None) -> Call:
     """Causal attention by PyTorch's SDPA with one backend, or with the one that PyTorch takes."""
+    _one_document(case)
     if backend is not None and device.type != "cuda":
         raise MissingError("needs CUDA")
 
@@ -56,13 +91,17 @@ def dense(case: Case, device: torch.device, *, backend: SDPBackend | None) -> Ca
 
 def dense_flex(case: Case, device: torch.device) -> Call:
     """Causal attention by compiled FlexAttention."""
+    _one_document(case)
     if device.type != "cuda":
         raise MissingError("compiled FlexAttention has no backward on a CPU")
     attend = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
+    @functools.cache
+    def mask(tokens: int) -> BlockMask:
+        return block_mask(causal(), q_len=tokens, kv_len=tokens, device=device)
+
     def call(x: Tensors) -> Tensor:
-        mask = block_mask(causal(), q_len=x.q.shape[2], kv_len=x.k.shape[2], device=device)
-        return attend(x.q, x.k, x.v, block_mask=mask, enable_gqa=True)
+        return attend(x.q, x.k, x.v, block_mask=mask(x.q.shape[2]), enable_gqa=True)
 
     return call
 
@@ -71,6 +110,7 @@ def peer(case: Case, device: torch.device) -> Call:
     """NSA of flash-linear-attention: compression by mean of whole blocks, so its geometry is not quite the paper's."""
     if find_spec("fla") is None:
         raise MissingError("not installed: pip install flash-linear-attention")
+    _one_document(case)
     if device.type != "cuda":
         raise MissingError("its kernels need CUDA")
     from fla.ops.nsa import parallel_nsa
@@ -86,9 +126,23 @@ def peer(case: Case, device: torch.device) -> Call:
     return call
 
 
+def _one_document(case: Case) -> None:
+    if case.documents > 1:
+        raise MissingError("is not given packed rows: compare them with one document of the same length")
+
+
+STAGES = "stages"
+"""NSA's stages one by one, in place of an engine."""
+
 ENGINES: Mapping[str, Callable[[Case, torch.device], Call]] = {
     "flexnsa": functools.partial(nsa, impl="auto", compiled=True),
     "flexnsa-eager": functools.partial(nsa, impl="auto", compiled=False),
+    "flexnsa-recompute-window": functools.partial(nsa, impl="auto", compiled=False, recompute=("window",)),
+    "flexnsa-recompute-both": functools.partial(nsa, impl="auto", compiled=False, recompute=("selected", "window")),
+    "flexnsa-composed": functools.partial(composed, compiled=True),
+    "flexnsa-composed-eager": functools.partial(composed, compiled=False),
+    "flexnsa-flash": functools.partial(nsa, impl="flash", compiled=True),
+    "flexnsa-flash-eager": functools.partial(nsa, impl="flash", compiled=False),
     "flexnsa-triton": functools.partial(nsa, impl="triton", compiled=True),
     "flexnsa-flex": functools.partial(nsa, impl="flex", compiled=True),
     "flexnsa-reference": functools.partial(nsa, impl="reference", compiled=False),
@@ -99,10 +153,23 @@ ENGINES: Mapping[str, Callable[[Case, torch.device], Call]] = {
     "fla-nsa": peer,
 }
 
-ON_CUDA = ("flexnsa", "flexnsa-eager", "cudnn", "fa2", "flex-dense", "fla-nsa")
-ON_CPU = ("flexnsa-eager", "sdpa", "cudnn", "fla-nsa")
-LONGEST: Mapping[str, int] = {"fa2": 65536, "flex-dense": 16384, "flexnsa-reference": 4096}
-"""Tokens beyond which an engine is so slow that it runs only where it is asked for by name."""
+ON_CUDA = (
+    *("flexnsa-eager", "cudnn", STAGES, "flexnsa-recompute-window", "flexnsa-recompute-both"),
+    *("fa2", "fla-nsa", "flexnsa", "flex-dense"),
+)
+ON_CPU = ("flexnsa-eager", "sdpa", "cudnn", "fla-nsa", STAGES)
+"""In the order in which they run: what takes long to compile comes last, so that a run that is cut off has the rest."""
+
+LONGEST: Mapping[str, int] = {
+    "cudnn": 131072,
+    "fa2": 65536,
+    "flexnsa-recompute-window": 65536,
+    "flexnsa-recompute-both": 65536,
+    "flex-dense": 16384,
+    "flexnsa": 16384,
+    "flexnsa-reference": 4096,
+}
+"""Tokens beyond which an engine takes long, to run or to compile, and runs only where it is asked for by name."""
 
 DENSE = ("cudnn", "sdpa")
 """What ratios are given against: the first of these that was measured."""

@@ -41,8 +41,10 @@ def time_call(call: Callable[[], object], device: torch.device, budget: float) -
 def _time_on_cuda(call: Callable[[], object], budget: float) -> Times:
     """With events, as triton.testing.do_bench does, which however runs a call of seconds eight times at least."""
     call()
-    first = _events(call, 1)[0]
-    return spread(_events(call, max(LEAST_RUNS, min(MOST_RUNS, int(budget / first)))))
+    first = _events(call, 1)
+    runs = max(LEAST_RUNS, min(MOST_RUNS, int(budget / first[0])))
+    # The first counts where there are few: a call of seconds is not made once more for nothing.
+    return spread(_events(call, runs) if runs > LEAST_RUNS else first + _events(call, runs - 1))
 
 
 def _events(call: Callable[[], object], runs: int) -> list[float]:
@@ -63,18 +65,34 @@ def _time_on_cpu(call: Callable[[], object], budget: float) -> Times:
     return spread([1e3 * timer.timeit(1).median for _ in range(runs)])
 
 
-def peak_beyond(call: Callable[[], Sequence[Tensor]], device: torch.device) -> float | None:
-    """GiB that ``call``, forward and backward, takes at its peak beyond what is allocated before; None on a CPU."""
+class Memory(NamedTuple):
+    """GiB beyond what was allocated before a forward and its backward.
+
+    Attributes:
+        held: between the two, the output included.
+        peak: at most, output and gradients included.
+    """
+
+    held: float
+    peak: float
+
+
+def memory_beyond(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], Sequence[Tensor]], device: torch.device
+) -> Memory | None:
+    """What a forward and the backward of its output take; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    kept = call()
+    out = forward()
+    held = torch.cuda.memory_allocated() - before
+    grads = backward(out)
     torch.cuda.synchronize()
-    del kept
-    return (torch.cuda.max_memory_allocated() - before) / GIB
+    del out, grads
+    return Memory(held / GIB, (torch.cuda.max_memory_allocated() - before) / GIB)
 
 
 def matrix_product_tflops(device: torch.device, dtype: torch.dtype) -> float:

@@ -13,6 +13,12 @@ from bench.speed.report import DIRECTIONS, Row, case_names, ratio, stage_rows, w
 COLOURS = {
     "flexnsa": "#c1121f",
     "flexnsa-eager": "#e76f51",
+    "flexnsa-recompute-window": "#9c6644",
+    "flexnsa-recompute-both": "#7f5539",
+    "flexnsa-composed": "#ff758f",
+    "flexnsa-composed-eager": "#ffb3c1",
+    "flexnsa-flash": "#6a040f",
+    "flexnsa-flash-eager": "#d00000",
     "flexnsa-triton": "#9d0208",
     "flexnsa-flex": "#f4a261",
     "flexnsa-reference": "#bc8a5f",

@@ -1,10 +1,12 @@
 """A finished run as text: times and ratios, the stages, and how the cost grows."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.speed.cases import CASES, Case
-from bench.speed.cost import costs, fit
+from bench.speed.cost import Fit, costs, fit
 from bench.speed.engines import DENSE
 
 Row = Mapping[str, Any]
@@ -20,7 +22,7 @@ def report(result: Mapping[str, Any]) -> str:
     )
     parts = [head]
     for case in case_names(rows):
-        parts += [f"\n{case}", times_table(rows, case), *_stage_lines(rows, case), *_growth_lines(rows, case)]
+        parts += [f"\n{case}", times_table(rows, case), *_detail_lines(rows, case), *_growth_lines(rows, case)]
     missing = {(row["engine"], row["missing"]) for row in rows if "missing" in row}
     parts += [f"{engine}: {why}" for engine, why in sorted(missing)]
     return "\n".join(parts)
@@ -59,14 +61,16 @@ def ratio(rows: Sequence[Row], row: Row, direction: str) -> float | None:
 def times_table(rows: Sequence[Row], case: str) -> str:
     """Times, ratios against dense attention, memory, and rates of the whole calls, as Markdown."""
     lines = [
-        "| engine | tokens | forward ms | backward ms | x forward | x backward | x both | peak GiB | of the ceiling |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| engine | tokens | forward ms | backward ms | x forward | x backward | x both | held GiB | peak GiB "
+        "| of the ceiling |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(whole(rows, case), key=lambda row: row["tokens"]):
         ratios = [_number(ratio(rows, row, direction), ".2f") for direction in (*DIRECTIONS, "both")]
         shares = " / ".join(_number(row.get(f"{direction}_share_of_ceiling"), ".0%") for direction in DIRECTIONS)
         times = [_timing(row, direction) for direction in DIRECTIONS]
-        cells = [row["engine"], f"{row['tokens']:,}", *times, *ratios, _number(row.get("peak_gib"), ".1f"), shares]
+        memory = [_number(row.get(f"{name}_gib"), ".1f") for name in ("held", "peak")]
+        cells = [row["engine"], f"{row['tokens']:,}", *times, *ratios, *memory, shares]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -105,14 +109,40 @@ def stages_table(rows: Sequence[Row], case: str) -> str:
     return "\n".join(lines)
 
 
-def _stage_lines(rows: Sequence[Row], case: str) -> Iterator[str]:
-    if not stage_rows(rows, case):
-        return
-    yield stages_table(rows, case)
-    for row in stage_rows(rows, case):
-        if "shared_blocks" in row:
-            shared = f"{row['shared_blocks']:.1f} blocks"
-            yield f"{row['inputs']} inputs, {row['tokens']:,} tokens: 8 adjacent queries share {shared}"
+def _detail_lines(rows: Sequence[Row], case: str) -> Iterator[str]:
+    if stage_rows(rows, case):
+        yield stages_table(rows, case)
+    memory = memory_table(rows, case)
+    if memory is not None:
+        yield memory
+    if shared(rows, case):
+        yield f"8 adjacent queries share {in_words(shared(rows, case))}"
+
+
+def memory_table(rows: Sequence[Row], case: str) -> str | None:
+    """What is kept for the backward, with and without recomputing, and what that costs; None where not measured."""
+    found = [row for row in whole(rows, case) if row.get("held_gib") is not None]
+    lengths = {row["tokens"] for row in found if "recompute" in row["engine"]}
+    lines = [
+        "| engine | tokens | held GiB | peak GiB | forward + backward ms |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in sorted((row for row in found if row["tokens"] in lengths), key=lambda row: row["tokens"]):
+        both = row["forward_ms"] + row["backward_ms"]
+        lines.append(
+            f"| {row['engine']} | {row['tokens']:,} | {row['held_gib']:.2f} | {row['peak_gib']:.2f} | {_short(both)} |"
+        )
+    return "\n".join(lines) if lengths else None
+
+
+def shared(rows: Sequence[Row], case: str) -> dict[int, float]:
+    """Selected blocks that 8 adjacent queries share, by length."""
+    return {row["tokens"]: row["shared_blocks"] for row in whole(rows, case) if "shared_blocks" in row}
+
+
+def in_words(shared: Mapping[int, float]) -> str:
+    """Shared blocks by length, short."""
+    return ", ".join(f"{blocks:.1f} at {tokens:,} tokens" for tokens, blocks in sorted(shared.items()))
 
 
 def growth_table(rows: Sequence[Row], case: str) -> str | None:
@@ -121,10 +151,13 @@ def growth_table(rows: Sequence[Row], case: str) -> str | None:
     if known is None:
         return None
     lines = [
-        "| forward | linear, us a token | quadratic, ps a pair of tokens | quadratic, longest | by FLOPs | error |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| forward | linear, us a token | quadratic, ps a pair of tokens | of dense's | by FLOPs | quadratic, longest "
+        "| by FLOPs | error |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    lines += [_growth(known, name, found) for name, found in _lengths(rows, case).items() if len(found) >= 3]
+    fits = {name: _Fitted.to(found) for name, found in _lengths(rows, case).items() if len(found) >= 3}
+    dense = next((fits[name].terms.quadratic for name in DENSE if name in fits), None)
+    lines += [_growth(known, name, found, dense) for name, found in fits.items()]
     return "\n".join(lines) if len(lines) > 2 else None
 
 
@@ -138,16 +171,26 @@ def _lengths(rows: Sequence[Row], case: str) -> dict[str, dict[int, float]]:
     return found
 
 
-def _growth(case: Case, name: str, found: Mapping[int, float]) -> str:
-    found = dict(sorted(found.items()))
-    terms, longest = fit(list(found), list(found.values())), max(found)
-    stage = "dense" if name in DENSE else "whole" if name.startswith("flexnsa") else name
-    predicted = costs(case).get(stage)
-    share = "" if predicted is None else f"{predicted.quadratic_share(longest):.0%}"
-    return (
-        f"| {name} | {1e3 * terms.linear:.3g} | {1e9 * terms.quadratic:.3g} | {terms.quadratic_share(longest):.0%} | "
-        f"{share} | {terms.error:.0%} |"
-    )
+class _Fitted(NamedTuple):
+    terms: Fit
+    longest: int
+
+    @classmethod
+    def to(cls, times: Mapping[int, float]) -> _Fitted:
+        tokens = sorted(times)
+        return cls(fit(tokens, [times[t] for t in tokens]), tokens[-1])
+
+
+def _growth(case: Case, name: str, found: _Fitted, dense: float | None) -> str:
+    terms, longest = found
+    known = costs(case)
+    predicted = known.get("dense" if name in DENSE else "whole" if name.startswith("flexnsa") else name)
+    cells = [f"{1e3 * terms.linear:.3g}", f"{1e9 * terms.quadratic:.3g}"]
+    cells += [f"{terms.quadratic / dense:.3f}" if dense else ""]
+    cells += [f"{predicted.quadratic / known['dense'].quadratic:.3f}" if predicted else ""]
+    cells += [f"{terms.quadratic_share(longest):.0%}"]
+    cells += [f"{predicted.quadratic_share(longest):.0%}" if predicted else "", f"{terms.error:.0%}"]
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def _growth_lines(rows: Sequence[Row], case: str) -> Iterator[str]:

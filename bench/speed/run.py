@@ -1,7 +1,9 @@
 """One run: every case by every engine at every length, a row each, written as soon as it is there."""
 
+import functools
 import gc
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.interrupt import Interrupt
+from bench.interrupt import Interrupt, time_limit
 from bench.record import environment, write_json
 from bench.speed.cases import Case
 from bench.speed.cost import flops
-from bench.speed.engines import ENGINES, LONGEST, Call, MissingError
+from bench.speed.engines import ENGINES, LONGEST, STAGES, Call, MissingError
 from bench.speed.inputs import Tensors, shared_blocks, tensors
-from bench.speed.measure import matrix_product_tflops, peak_beyond, time_call
-from bench.speed.stages import stages
+from bench.speed.measure import matrix_product_tflops, memory_beyond, time_call
+from bench.speed.stages import select, stages
 
 Row = dict[str, Any]
+Measure = Callable[[Row], list[Row]]
+VERY_LONG = 131072
+"""Tokens beyond which rows come last: they take most memory, and compile anew where 32-bit indices do not suffice."""
 
 
 @dataclass
@@ -27,14 +32,15 @@ class Run:
 
     Args:
         cases: shapes and lengths.
-        engines: names of ``ENGINES``.
+        engines: names of ``ENGINES``, and ``STAGES``, in the order in which they run.
         device: where to measure.
         dtype: of all tensors.
         path: the JSON file, written after each row.
         budget: milliseconds of runs for each number.
         backward: whether gradients are measured too.
-        breakdown: whether the stages are measured one by one.
         everywhere: whether slow engines run beyond the lengths of ``LONGEST``.
+        row_seconds: how long a row may take, compilation included; None for as long as it takes.
+        seconds: when the last row may begin, from the start; None for no limit.
         seed: of the inputs.
         say: where progress goes.
     """
@@ -46,28 +52,32 @@ class Run:
     path: Path
     budget: float = 200.0
     backward: bool = True
-    breakdown: bool = True
     everywhere: bool = False
+    row_seconds: float | None = None
+    seconds: float | None = None
     seed: int = 0
     say: Callable[[str], None] = print
     rows: list[Row] = field(default_factory=list)
     ceiling: float = 0.0
+    shared: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def run(self, interrupt: Interrupt) -> dict[str, Any]:
-        """Measure until done or interrupted; what the JSON file holds."""
+        """Measure until done or interrupted, an engine after the other; what the JSON file holds."""
         torch.manual_seed(self.seed)
+        started = time.monotonic()
         self.ceiling = matrix_product_tflops(self.device, self.dtype)
-        for case in self.cases:
-            for engine in self.engines:
-                self._sweep(case, engine, interrupt)
-            if self.breakdown:
-                self._break_down(case, interrupt)
+        for row, measure in self._plan():
+            if interrupt.requested:
+                break
+            if self.seconds is not None and time.monotonic() - started > self.seconds:
+                self._add(row | {"missing": "its turn did not come in the time given"})
+            else:
+                self._attempt(row, measure)
         return self.save("stopped" if interrupt.requested else "finished")
 
-    def _break_down(self, case: Case, interrupt: Interrupt) -> None:
-        for tokens in case.tokens:
-            if not interrupt.requested:
-                self._attempt(self._row(case, "stages", tokens), lambda row: self._stages(case, row))
+    def _plan(self) -> list[tuple[Row, Measure]]:
+        plan = [step for engine in self.engines for case in self.cases for step in self._sweep(case, engine)]
+        return sorted(plan, key=lambda step: step[0]["tokens"] > VERY_LONG)
 
     def save(self, status: str) -> dict[str, Any]:
         """Write the rows so far."""
@@ -80,29 +90,33 @@ class Run:
         write_json(self.path, content)
         return content
 
-    def _sweep(self, case: Case, engine: str, interrupt: Interrupt) -> None:
-        """One engine over the lengths of a case: one compilation for all of them."""
+    def _sweep(self, case: Case, engine: str) -> Iterator[tuple[Row, Measure]]:
+        """One engine over the lengths of a case."""
+        if engine == STAGES:
+            for tokens in case.tokens:
+                yield self._row(case, engine, tokens), functools.partial(self._stages, case)
+            return
         try:
             call = ENGINES[engine](case, self.device)
         except MissingError as why:
             self._add(self._row(case, engine, case.tokens[0]) | {"missing": str(why)})
             return
         for tokens in case.tokens:
-            if interrupt.requested:
-                return
             row = self._row(case, engine, tokens)
             if tokens > LONGEST.get(engine, tokens) and not self.everywhere:
                 self._add(row | {"missing": f"slow: beyond {LONGEST[engine]} tokens only where asked for by name"})
             else:
-                self._attempt(row, lambda row: self._whole(case, call, row))
+                yield row, functools.partial(self._whole, case, call)
 
     def _row(self, case: Case, engine: str, tokens: int) -> Row:
         return {"case": case.name, "engine": engine, "stage": "whole", "tokens": tokens, "inputs": case.inputs}
 
-    def _attempt(self, row: Row, measure: Callable[[Row], list[Row]]) -> None:
+    def _attempt(self, row: Row, measure: Measure) -> None:
         """A failure is a row that says so; the others are still measured."""
         try:
-            for found in measure(row):
+            with time_limit(self.row_seconds):
+                rows = measure(row)
+            for found in rows:
                 self._add(found)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:  # those of compilers among them
             self._add(row | {"missing": f"{type(error).__name__}: {str(error).strip()[:300]}"})
@@ -120,15 +134,17 @@ class Run:
     def _whole(self, case: Case, call: Call, row: Row) -> list[Row]:
         x, gated = tensors(case, row["tokens"], self.device, self.dtype, self.seed), "nsa" in row["engine"]
         row = row | self._times(lambda: call(x), x.leaves if gated else x.leaves[:3], x.grad)
-        row["peak_gib"] = peak_beyond(lambda: self._step(call, x), self.device)
+        if gated:
+            row["shared_blocks"] = self._shared(case, x)
+        if self.backward:
+            memory = memory_beyond(lambda: call(x), lambda out: self._gradients(out, x), self.device)
+            row |= {"held_gib": memory and memory.held, "peak_gib": memory and memory.peak}
         return [row | self._rates(case, "whole" if gated else "dense", row)]
 
     def _stages(self, case: Case, row: Row) -> list[Row]:
         x, found = tensors(case, row["tokens"], self.device, self.dtype, self.seed), []
         for name, call, leaves in stages(case, x):
             part = row | {"engine": "flexnsa-eager", "stage": name} | self._times(call, leaves, None)
-            if name == "selection":
-                part["shared_blocks"] = shared_blocks(call()[:, :, :4096].to(torch.int32))
             found.append(part | self._rates(case, name, part))
         return found
 
@@ -144,11 +160,15 @@ class Run:
             row |= {"backward_ms": backward.median, "backward_range_ms": [backward.low, backward.high]}
         return row
 
-    def _step(self, call: Call, x: Tensors) -> Sequence[Tensor]:
-        out = call(x)
-        if not self.backward:
-            return [out]
-        return [out, *(g for g in torch.autograd.grad(out, x.leaves, x.grad, allow_unused=True) if g is not None)]
+    def _shared(self, case: Case, x: Tensors) -> float:
+        place = case.name, x.q.shape[2]
+        if place not in self.shared:
+            self.shared[place] = shared_blocks(select(case, x))
+        return self.shared[place]
+
+    def _gradients(self, out: Tensor, x: Tensors) -> Sequence[Tensor]:
+        found = torch.autograd.grad(out, x.leaves, x.grad, allow_unused=True)
+        return [grad for grad in found if grad is not None]
 
     def _rates(self, case: Case, stage: str, row: Row) -> Row:
         """TFLOP/s of the FLOPs that the mathematics needs, and their share of a matrix product's."""

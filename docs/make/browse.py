@@ -2,14 +2,13 @@
 
 Follows the navigation through every page at desktop and phone width, searches, opens the first page in the dark, and
 exits with status 1 on a page that the navigation does not reach, a missing image or script, a console error, a request
-to elsewhere, or a page that is wider than the phone.
+to elsewhere, or a page that is wider than the phone. Screenshots take most of the time, so they are made on demand.
 """
 
 import functools
 import http.server
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ class Visit:
 
     def open(self, path: str) -> None:
         """Load a page and look at it."""
-        self.page.goto(self.address + path, wait_until="networkidle")
+        self.page.goto(self.address + path, wait_until="load")
         self.look()
 
     def follow(self) -> Iterator[str]:
@@ -45,7 +44,7 @@ class Visit:
         yield ""
         while (following := self.page.locator("a.md-footer__link--next")).count():
             following.first.click()
-            self.page.wait_for_load_state("networkidle")
+            self.page.wait_for_load_state("load")
             self.look()
             yield self.page.url.removeprefix(self.address)
 
@@ -55,6 +54,11 @@ class Visit:
         self._note(bool(broken), f"images not shown: {broken}")
         wide = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         self._note(wide > 0, f"wider than the window by {wide} pixels")
+
+    def shoot(self, folder: Path | None, name: str) -> None:
+        """Take a picture of the whole page, where a folder is given."""
+        if folder is not None:
+            self.page.screenshot(path=folder / f"{name}.png", full_page=True)
 
     def search(self, words: str, folder: str, anchor: str) -> None:
         """Search from the first page, and follow the result to an anchor of a page."""
@@ -76,7 +80,7 @@ class Visit:
             self.wrong.append(f"{self.page.url if hasattr(self, 'page') else ''}  {what}")
 
 
-def main(shots: Path) -> int:
+def main(shots: Path | None) -> int:
     """Number of things that are wrong, each printed."""
     pages = sorted(str(path.relative_to(SITE).parent) + "/" for path in SITE.rglob("index.html"))
     pages = ["" if page == "./" else page for page in pages]
@@ -88,13 +92,12 @@ def main(shots: Path) -> int:
             missed = set(pages)
             for page in visit.follow():
                 missed.discard(page)
-                file = f"{name}-light-{page.strip('/').replace('/', '-') or 'home'}.png"
-                visit.page.screenshot(path=shots / file, full_page=True)
+                visit.shoot(shots, f"{name}-light-{page.strip('/').replace('/', '-') or 'home'}")
             wrong += [f"{name}, light: {what}" for what in visit.wrong]
             wrong += [f"{name}, navigation: does not reach {page}" for page in sorted(missed)]
             visit = Visit(browser, address, width, "dark")
             visit.open("")
-            visit.page.screenshot(path=shots / f"{name}-dark-home.png", full_page=True)
+            visit.shoot(shots, f"{name}-dark-home")
             wrong += [f"{name}, dark: {what}" for what in visit.wrong]
             visit = Visit(browser, address, width, "light")
             visit.search("select_blocks", "api/selection/", "flexnsa.select_blocks")
@@ -119,6 +122,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="site-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     sys.exit(main(folder) > 0)

@@ -12,9 +12,14 @@ from typing import Any
 import conversion
 import decode
 import distributed
+import flash
 import gallery
 import gpu_tests
+import kernels
 import learn
+import learn_pictures
+import learn_tables
+import model
 import pictures
 import speed
 import support
@@ -30,11 +35,16 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "gpu tests": gpu_tests.table,
     "learn": learn.table,
     "gallery": gallery.table,
+    "model": model.table,
     "gallery pictures": gallery.sections,
     "auto": support.auto_order,
     "engines": support.engines_table,
     "support": support.support_table,
+    **flash.TABLES,
+    **kernels.TABLES,
     **speed.TABLES,
+    **learn_tables.TABLES,
+    **learn_pictures.PLACES,
 }
 MARKER = re.compile(r"<!-- generated: (.+?) -->")
 PICTURE = re.compile(r"!\[([^\]]*)\]\(((?:\.\./)*)pictures/([\w-]+)\.svg\)")
@@ -43,7 +53,8 @@ MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', r
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Draw every picture."""
-    for path, content in (pictures.files() | pictures.themed(speed.PICTURES) | gallery.files()).items():
+    measured = pictures.themed({**speed.PICTURES, **learn_pictures.PICTURES})
+    for path, content in (pictures.files() | measured | gallery.files()).items():
         files.append(File.generated(config, f"pictures/{path}", content=content))
     return files
 

@@ -4,12 +4,20 @@ Recorded on each device by hand, the CPU one under Triton's interpreter, and rea
 
     TRITON_INTERPRET=1 python docs/make/support.py > docs/make/support-cpu.json
     python docs/make/support.py > docs/make/support-h200.json
+
+A number of seconds may follow, after which it gives up. It exits with 1 where an engine gives a wrong result, fails, or
+was not reached in time, and names it on stderr.
 """
 
 import copy
 import datetime
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -29,6 +37,7 @@ from flexnsa import (
     Selection,
     compressed_attention,
     documents_from_lengths,
+    engines,
     explain,
     native_sparse_attention,
     paged_append,
@@ -42,6 +51,7 @@ from flexnsa_masks import causal, or_masks, prefix
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=4, window=10)
+SECONDS = 75 if DEVICE == "cuda" else 3600
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -132,26 +142,34 @@ FEATURES: Mapping[str, Problem] = {
 }
 
 
+TRIED = tuple(engine for engine in ENGINES if engine != "flash")
+"""The engines of the table of features. FLASH takes few of them, by rules that the page tells."""
+
+UNTRIED = "not tried"
+
+
 def auto_order() -> str:
     """Which engines `impl="auto"` tries, as a sentence."""
-    tried = " and then ".join(f"`{engine}`" for engine in AUTO)
+    tried = ", then ".join(f"`{engine}`" for engine in AUTO)
     missing = [f'`impl="{engine}"`' for engine in ENGINES if engine not in AUTO]
     return f"tries {tried}." + (f" {', '.join(missing)} has to be asked for." if missing else "")
 
 
 def engines_table() -> str:
     """What `impl="auto"` takes, asked of `explain` with tensors that have a device and a dtype and no memory."""
-    cases = {
-        "CPU": ("cpu", torch.float32, 64),
-        "CUDA; bfloat16, float16, float32": ("cuda", torch.bfloat16, 64),
-        "CUDA, a mask mod or a score mod": ("cuda", torch.bfloat16, 64),
-        "CUDA, head dim above 256": ("cuda", torch.bfloat16, 320),
-        "CUDA, float64": ("cuda", torch.float64, 64),
+    half, interval = ("cuda", torch.bfloat16, 64), or_masks(causal(), prefix(4))
+    cases: Mapping[str, tuple[tuple[str, torch.dtype, int], dict]] = {
+        "CPU": (("cpu", torch.float32, 64), {}),
+        "CUDA; bfloat16, float16, float32": (half, {}),
+        "CUDA, a mask mod of [intervals](masks.md#intervals)": (half, {"mask_mod": interval}),
+        "CUDA, another mask mod, or a score mod": (half, {"mods": True}),
+        "CUDA, head dim above 256": (("cuda", torch.bfloat16, 320), {}),
+        "CUDA, float64": (("cuda", torch.float64, 64), {}),
     }
     rows = ["| inputs | compressed | selection | selected | window |", "|---|---|---|---|---|"]
-    with FakeTensorMode():
-        for name, (device, dtype, dim) in cases.items():
-            choices = explain(torch.empty(1, 4, 8, dim, device=device, dtype=dtype), mods="mod" in name)
+    with FakeTensorMode(), patch.object(engines, "FLASH_INSTALLED", False):
+        for name, ((device, dtype, dim), mods) in cases.items():
+            choices = explain(torch.empty(1, 4, 8, dim, device=device, dtype=dtype), **mods)
             rows.append(f"| {name} | " + " | ".join(f"`{choice.engine}`" for choice in choices) + " |")
     return "\n".join(rows)
 
@@ -161,28 +179,54 @@ def support_table() -> str:
     return "\n\n".join(_table(json.loads(path.read_text())) for path in sorted(HERE.glob("support-*.json")))
 
 
-def record() -> dict[str, object]:
-    """Every feature on every engine: "yes", or why not. Raises AssertionError where a result is wrong."""
-    if DEVICE == "cpu":  # Eager FlexAttention traces itself at every call, only to run the same dense code.
-        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-    cells = {name: {impl: attempt(problem, impl) for impl in ENGINES} for name, problem in FEATURES.items()}
+def record(seconds: float) -> dict[str, object]:
+    """Every feature on every engine: "yes", or why not. A process for each feature: none can harm the others."""
+    ends = time.monotonic() + seconds
+    with ThreadPoolExecutor(os.cpu_count()) as processes:
+        cells = dict(zip(FEATURES, processes.map(lambda name: _in_a_process(name, ends), FEATURES), strict=True))
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     today = datetime.date.today().isoformat()
     return {"device": device, "torch": torch.__version__, "date": today, "cells": cells}
 
 
+def _in_a_process(name: str, ends: float) -> dict[str, str]:
+    """The outcome for each engine; of a process that broke off, what it had said until then."""
+    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} | os.environ
+    command, end = [sys.executable, __file__, name], f"the {name!r} process ended early"
+    try:
+        said = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=max(0, ends - time.monotonic()))
+        lines = said.stdout
+    except subprocess.TimeoutExpired as late:
+        lines, end = late.stdout or b"", "the time was up"
+    found = dict(json.loads(line) for line in lines.decode().splitlines() if line.startswith("["))
+    return {engine: found.get(engine, f"{UNTRIED}: {end}") for engine in TRIED}
+
+
+def tell(problem: Problem) -> None:
+    """Print a line for each engine as soon as it is tried; the kernels that may break a device's context come last."""
+    if DEVICE == "cpu":  # Eager FlexAttention traces itself at every call, only to run the same dense code.
+        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    for engine in reversed(TRIED):
+        try:
+            outcome = attempt(problem, engine)
+        except Exception as error:
+            what = "wrong" if isinstance(error, AssertionError) else f"failed: {type(error).__name__}"
+            outcome = f"{what}: {str(error).strip().partition(chr(10))[0]}"
+        print(json.dumps([engine, outcome]), flush=True)
+
+
 def _table(record: dict) -> str:
     reasons: list[str] = []
-    rows = [f"| {record['device']} | " + " | ".join(f"`{e}`" for e in ENGINES) + " |", "|---|" + ":-:|" * len(ENGINES)]
+    rows = [f"| {record['device']} | " + " | ".join(f"`{e}`" for e in TRIED) + " |", "|---|" + ":-:|" * len(TRIED)]
     for feature, cells in record["cells"].items():
-        rows.append(f"| {feature} | " + " | ".join(_cell(cells[engine], reasons) for engine in ENGINES) + " |")
+        rows.append(f"| {feature} | " + " | ".join(_cell(cells[engine], reasons) for engine in TRIED) + " |")
     notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
     return "\n".join(rows) + f"\n\nTried with torch {record['torch']} on {record['date']}.\n\n{notes}"
 
 
 def _cell(outcome: str, reasons: list[str]) -> str:
-    if outcome == "yes":
-        return "yes"
+    if outcome == "yes" or outcome.startswith(UNTRIED):
+        return outcome.partition(":")[0]
     if outcome not in reasons:
         reasons.append(outcome)
     return f"no ({reasons.index(outcome) + 1})"
@@ -251,5 +295,20 @@ def _attend(problem: Problem, impl: Impl, leaves: list[Tensor], options: dict, s
     return attend(q, kv, gates, problem.config, pool, **options, selection=selection, impl=impl)
 
 
+def bad(cells: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What is neither "yes" nor refused with a reason."""
+    words = ("wrong", "failed", UNTRIED)
+    return [
+        f"{name}, {impl}: {said}" for name, row in cells.items() for impl, said in row.items() if said.startswith(words)
+    ]
+
+
 if __name__ == "__main__":
-    print(json.dumps(record(), indent=1))
+    given = sys.argv[1] if len(sys.argv) > 1 else str(SECONDS)
+    if given in FEATURES:
+        tell(FEATURES[given])
+    else:
+        found = record(float(given))
+        print(json.dumps(found, indent=1))
+        if bad(found["cells"]):
+            sys.exit("\n".join(bad(found["cells"])))

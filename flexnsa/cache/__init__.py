@@ -2,5 +2,6 @@
 
 from flexnsa.cache.append import Append, Blocks
 from flexnsa.cache.cache import NSACache, check_cache, check_cache_dtype
+from flexnsa.cache.step import attend_to_cache, takes_kernels
 
-__all__ = ["Append", "Blocks", "NSACache", "check_cache", "check_cache_dtype"]
+__all__ = ["Append", "Blocks", "NSACache", "attend_to_cache", "check_cache", "check_cache_dtype", "takes_kernels"]

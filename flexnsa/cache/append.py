@@ -109,6 +109,12 @@ class Append:
         k, v, _ = cache.window.followed_by(window, cache.lengths, self._window_reach())
         return BranchKV(all_compressed, all_selected, (k, v))
 
+    def store(self, blocks: Blocks | None, compressed: KV | None, selected: KV) -> None:
+        """``extend`` for those that read the cache themselves: the window's keys and values come with ``commit``."""
+        if blocks is not None and compressed is not None:
+            self.cache.compressed.put(blocks.number, compressed, blocks.starts >= 0)
+        self.cache.selected.put(self.position, selected, self.real)
+
     def positions(self) -> dict[str, Tensor] | None:
         """Where the tokens stand among the keys of each branch, by its name; None where they are those very tokens."""
         if self.held == 0:

@@ -36,6 +36,11 @@ class Store:
         """Bytes of keys and values, the slot for what is not kept included."""
         return self.k.nbytes + self.v.nbytes
 
+    @property
+    def whole(self) -> KV:
+        """Keys and values of all slots, as they lie."""
+        return self.k[:, :, : self.slots], self.v[:, :, : self.slots]
+
     def slot(self, position: Int64[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
         """Where a position is kept; one past the end is not."""
         return position.clamp(max=self.slots)

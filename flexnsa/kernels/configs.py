@@ -7,7 +7,8 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
+
+from flexnsa.kernels.launch import next_power
 
 SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 """Bytes of shared memory that one program may take, by compute capability."""
@@ -31,9 +32,10 @@ class Tile(NamedTuple):
     stages: int
 
 
+@functools.cache
 def padded(dim: int) -> int:
     """The power of two, 16 at least, that holds ``dim``: what a tile's matrix product needs."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power(dim))
 
 
 @functools.cache
@@ -64,6 +66,7 @@ class ForwardPlan(NamedTuple):
     by_query: bool
 
 
+@functools.lru_cache(maxsize=256)
 def forward_plan(itemsize: int, dim: int, value_dim: int, select_block: int, group: int, limit: int) -> ForwardPlan:
     """The forward's division of work and tiles that fit ``limit`` bytes of shared memory.
 
@@ -116,6 +119,7 @@ class BackwardPlan(NamedTuple):
     worth: float
 
 
+@functools.lru_cache(maxsize=256)
 def backward_plan(itemsize: int, dim: int, value_dim: int, select_block: int, group: int, limit: int) -> BackwardPlan:
     """The backward's tile: the widest of those that fit ``limit`` bytes of shared memory."""
     keep_scores = group >= 8

@@ -1,5 +1,6 @@
 """A decoding step over pages as one opaque operator: three or four launches, grids fixed by shapes, no host waits."""
 
+import functools
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -12,9 +13,30 @@ from flexnsa.kernels.configs import padded, shared_memory
 from flexnsa.kernels.decode_steps import add_selected, attend_selected, attend_static, select
 from flexnsa.kernels.scoring import LOG2E
 from flexnsa.pages import PagedKV, Pages
+from flexnsa.types import BranchKV
 
 PROGRAMS = 1024
 """Programs that fill a large device several times over, but whose partial results are small beside what they read."""
+
+MANY_LANES = 64
+"""Lanes that keep a large device busy with little dividing: programs that start early only stand in the way there."""
+
+WHOLE_ROW = 1 << 30
+"""The size of a page that a whole row is, so that rows of every size are read by one kernel."""
+
+
+class Layout(NamedTuple):
+    """Where keys and values lie in their pages.
+
+    Attributes:
+        capacity: tokens of one sequence that fit.
+        behind: places by which compressed tokens lie before those of `Pages`.
+        ring: places of the window's ring, whose pages are whole rows; 0 for pages of `Pages`.
+    """
+
+    capacity: int
+    behind: int
+    ring: int
 
 
 class Plan(NamedTuple):
@@ -29,7 +51,6 @@ class Plan(NamedTuple):
         window: programs that share a lane's window.
         selected: programs that share a lane's selected blocks; one alone also writes the output.
         rows: heads that a program merges.
-        at_once: partial results of each that it holds at once.
     """
 
     blocks: int
@@ -40,7 +61,6 @@ class Plan(NamedTuple):
     window: int
     selected: int
     rows: int
-    at_once: int
 
 
 def plan_step(lanes: int, blocks: int, config: NSAConfig, row_bytes: int, group: int, limit: int) -> Plan:
@@ -58,10 +78,10 @@ def plan_step(lanes: int, blocks: int, config: NSAConfig, row_bytes: int, group:
     keys = min(widest, padded(config.select_block))
     compressed = max(1, min(PROGRAMS // lanes, triton.cdiv(blocks, tile), 32))
     window = 1 if lanes >= 256 else max(1, min(PROGRAMS // 2 // lanes, config.window // keys, 16))
-    selected = 1 if lanes >= 64 else max(1, min(256 // lanes, config.num_selected, 32))
-    rows = min(_power(group), max(1, 16 // _power(max(compressed, window))))
-    run = max(1, (64 if lanes < 64 else 128) // tile)
-    return Plan(tile, keys, stages, run, compressed, window, selected, rows, 16)
+    selected = 1 if lanes >= MANY_LANES else max(1, min(256 // lanes, config.num_selected, 32))
+    rows = max(1, min(_power(group), 16 // _power(max(compressed, window, selected))))
+    run = max(1, (32 if lanes < MANY_LANES else 128) // tile)
+    return Plan(tile, keys, stages, run, compressed, window, selected, rows)
 
 
 def paged_step(
@@ -78,9 +98,38 @@ def paged_step(
         config: the geometry.
         scale: softmax scale.
     """
-    geometry = list(asdict(config).values())
+    layout = Layout(pages.capacity(config), 0, 0)
+    return _call(q, gates, pages, lengths, out, config, layout, scale)
+
+
+def cached_step(
+    q: Tensor, gates: Tensor, kv: BranchKV, lengths: Tensor, out: Tensor, config: NSAConfig, *, max_tokens: int
+) -> Tensor:
+    """The same over rows that lie in one piece each, of at most ``max_tokens`` tokens, with a scale of ``d ** -0.5``.
+
+    ``kv.compressed`` is by number, ``kv.selected`` by position; ``kv.window`` is a ring: position p is in place p
+    modulo its size.
+    """
+    rows = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)[:, None]
+    pages = PagedKV(*(Pages(k, v, rows) for k, v in kv))
+    behind = config.compress_block // config.compress_stride - 1
+    layout = Layout(max_tokens, behind, kv.window[0].shape[2])
+    return _call(q, gates, pages, lengths, out, config, layout, q.shape[-1] ** -0.5)
+
+
+def _call(
+    q: Tensor,
+    gates: Tensor,
+    pages: PagedKV,
+    lengths: Tensor,
+    out: Tensor,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+) -> Tensor:
     tensors = [x for part in pages for x in part]
-    return _paged_step(q, gates, *tensors, lengths.contiguous(), out, geometry, scale)
+    geometry = list(asdict(config).values())
+    return _paged_step(q, gates, *tensors, lengths.contiguous(), out, geometry, list(layout), scale)
 
 
 @torch.library.custom_op("flexnsa::paged_step", mutates_args=("out",))
@@ -99,18 +148,19 @@ def _paged_step(
     lengths: Tensor,
     out: Tensor,
     geometry: list[int],
+    layout: list[int],
     scale: float,
 ) -> Tensor:
     config = NSAConfig(*geometry)
     parts = ((k_cmp, v_cmp, cmp_table), (k, v, table), (k_win, v_win, win_table))
     pages = PagedKV(*(Pages(_computable(k), _computable(v), _rows(table)) for k, v, table in parts))
     with torch.cuda.device_of(q):
-        return run_step(_computable(q), gates, pages, lengths, out, config, scale)
+        return run_step(_computable(q), gates, pages, lengths, out, config, Layout(*layout), scale)
 
 
 @_paged_step.register_fake
 def _(  # type: ignore[no-untyped-def]
-    q, gates, k_cmp, v_cmp, cmp_table, k, v, table, k_win, v_win, win_table, lengths, out, geometry, scale
+    q, gates, k_cmp, v_cmp, cmp_table, k, v, table, k_win, v_win, win_table, lengths, out, geometry, layout, scale
 ):
     num_selected = geometry[list(NSAConfig.__dataclass_fields__).index("num_selected")]
     return q.new_empty(q.shape[0], k.shape[1], 1, num_selected, dtype=torch.int32)
@@ -126,12 +176,19 @@ def _rows(table: Tensor) -> Tensor:
 
 
 def run_step(
-    q: Tensor, gates: Tensor, pages: PagedKV, lengths: Tensor, out: Tensor, config: NSAConfig, scale: float
+    q: Tensor,
+    gates: Tensor,
+    pages: PagedKV,
+    lengths: Tensor,
+    out: Tensor,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
 ) -> Tensor:
     """Launch a step; the output goes to ``out``, the indices [b, hk, 1, n] are returned."""
     (batch, hq, _, d), (_, heads, _, dv) = q.shape, pages.selected.v.shape
-    group, lanes, capacity = hq // heads, batch * heads, pages.capacity(config)
-    blocks, slots = config.num_blocks(capacity), max(16, _power(config.num_selected))
+    group, lanes = hq // heads, batch * heads
+    blocks, slots = config.num_blocks(layout.capacity), max(16, _power(config.num_selected))
     row_bytes = (padded(d) + padded(dv)) * q.element_size()
     plan = plan_step(lanes, blocks, config, row_bytes, group, shared_memory(q.device))
     tiles, runs, merges = (
@@ -145,16 +202,17 @@ def run_step(
     arguments: dict[str, Any] = {
         "q": q, "lengths": lengths, "gates": gates, "out": out, "scale_log2": scale * LOG2E.value,
         "indices": scratch(config.num_selected, dtype=torch.int32), "arrived": scratch(dtype=torch.int32),
-        "mixed": scratch(group, dv), "importance": scratch(pitch),
-        "sums": scratch(pitch, 2), "shares": scratch(group, pitch, 2),
-        "tile_peaks": scratch(group, tiles), "pitch": pitch, "tiles_pitch": tiles, "heads": heads, "capacity": capacity,
-        "imp_programs": runs, "G": group, "HEADS": padded(group), "D": d, "DV": dv, "D_PAD": padded(d),
-        "DV_PAD": padded(dv), "BLOCKS": plan.blocks, "RESIDUES": _power(config.select_block // config.compress_stride),
+        "mixed": scratch(group, dv), "sums": scratch(2, pitch), "shares": scratch(group, pitch, 2),
+        "tile_peaks": scratch(group, tiles), "pitch": pitch, "tiles_pitch": tiles, "heads": heads,
+        "capacity": layout.capacity, "BEHIND": layout.behind, "WIN_RING": layout.ring, "imp_programs": runs,
+        "G": group, "HEADS": padded(group), "D": d, "DV": dv, "D_PAD": padded(d), "DV_PAD": padded(dv),
+        "BLOCKS": plan.blocks, "RESIDUES": _power(config.select_block // config.compress_stride),
         "KEYS": plan.keys, "N": slots, "S": max(slots, 32, _power(blocks)), "TILES": plan.run,
         "WIN_BLOCKS": _power(triton.cdiv(config.window - 1, config.select_block) + 1), "ALONE": plan.selected == 1,
-        "ROWS": plan.rows, "AT_ONCE": plan.at_once, "STAGES": plan.stages,
+        "ROWS": plan.rows, "STAGES": plan.stages,
         # Compressed keys wait for their page's number, which is therefore looked up as much earlier.
         "LATER_STAGES": 2 * plan.stages - 1, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "EARLY": lanes < MANY_LANES and _starts_early(q.device),
     }  # fmt: skip
     arguments |= {name.upper(): value for name, value in asdict(config).items()}
     arguments |= _strides("q", q, "batch head _ dim") | _strides("out", out, "batch head _ dim")
@@ -164,30 +222,41 @@ def run_step(
         arguments |= {f"{name}_{of}": scratch(group, programs) for of in ("peaks", "totals")}
         arguments[f"{name}_part"] = scratch(group, programs, dv)
 
-    window = _reading(pages.window, "win_")
-    _launch(attend_static, (plan.compressed + plan.window, lanes), arguments | _reading(pages.compressed) | window)
+    compressed, selected, window = (_reading(part, layout.ring > 0) for part in pages)
+    static = compressed | {_windowed(name): value for name, value in window.items()}
+    _launch(attend_static, (plan.compressed + plan.window, lanes), arguments | static, first=True)
     _launch(select, (lanes, runs + merges), arguments)
-    _launch(attend_selected, (plan.selected, lanes), arguments | _reading(pages.selected))
+    _launch(attend_selected, (plan.selected, lanes), arguments | selected)
     if plan.selected > 1:
         _launch(add_selected, (merges, lanes), arguments)
     return arguments["indices"].view(batch, heads, 1, -1)
 
 
-def _launch(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
-    """Run a kernel on those of the arguments that it names."""
-    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=4)
+def _launch(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], *, first: bool = False) -> None:
+    """Run a kernel on those of the arguments that it names; all but a step's first may start early."""
+    options = {"launch_pdl": True} if arguments["EARLY"] and not first else {}
+    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=4, **options)
 
 
-def _reading(pages: Pages, prefix: str = "") -> dict[str, Any]:
-    """A branch's keys and values as a kernel takes them."""
+def _reading(pages: Pages, whole: bool) -> dict[str, Any]:
+    """A branch's keys and values as a kernel takes them; with ``whole``, one page is a row, whatever its size."""
     (k, v, table), axes = pages, "page head place dim"
     found = {"k": k, "v": v, "table": table, "table_row": table.stride(0), "num_pages": k.shape[0]}
-    found |= _strides("k", k, axes) | _strides("v", v, axes)
-    return {f"{prefix}{name}": value for name, value in found.items()} | {f"{prefix.upper()}PAGE": k.shape[2]}
+    return found | _strides("k", k, axes) | _strides("v", v, axes) | {"PAGE": WHOLE_ROW if whole else k.shape[2]}
+
+
+def _windowed(name: str) -> str:
+    return f"WIN_{name}" if name.isupper() else f"win_{name}"
 
 
 def _strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
     return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(axes.split())}
+
+
+@functools.cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether programs of a launch can start before the launch before it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _power(x: int) -> int:

@@ -111,13 +111,13 @@ def attend_blocks(
     q_rows, k, v, blocks, pages, first, last, low, length, scale_log2,
     k_page, k_place, k_dim, v_page, v_place, v_dim,
     COUNT: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
-    DV_PAD: tl.constexpr, SELECT_BLOCK: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DV_PAD: tl.constexpr, SELECT_BLOCK: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(peak, total, out) over the tokens `low .. length - 1` of tiles `first .. last - 1` of some blocks.
 
     `blocks` and `pages`, their physical pages, are [COUNT], -1 for none. They are looked up beforehand, so that no
-    load in the loop waits for another.
+    load in the loop waits for another. With a RING other than 0, a token's place is its number modulo RING.
     """
     SUBS: tl.constexpr = (SELECT_BLOCK + KEYS - 1) // KEYS
     peak = tl.full([HEADS], NOTHING, tl.float32)
@@ -131,7 +131,7 @@ def attend_blocks(
         token = block * SELECT_BLOCK + within
         inside = (within < tl.where(block >= 0, SELECT_BLOCK, 0)) & (token >= low) & (token < length)
         mapped = inside & (within < tl.where(page >= 0, SELECT_BLOCK, 0))
-        place = block * SELECT_BLOCK % PAGE + within
+        place = token % RING if RING > 0 else block * SELECT_BLOCK % PAGE + within
         k_rows = load_rows(k, page, place, mapped, k_page, k_place, k_dim, D, D_PAD)
         v_rows = load_rows(v, page, place, mapped, v_page, v_place, v_dim, DV, DV_PAD)
         _, peak, total, out = attend(q_rows, k_rows, v_rows, inside, scale_log2, peak, total, out, PRECISION)
@@ -152,36 +152,35 @@ def store_part(
 
 
 @triton.jit
-def softmax_of_parts(peaks, totals, at, inside, used, programs, MOST: tl.constexpr):
-    """(peak, total) over all parts of some rows."""
+def load_totals(peaks, totals, at, inside, used, programs, MOST: tl.constexpr):
+    """(peaks, totals) [rows, MOST] of the parts of some rows (row `at` of lanes * G)."""
     part = tl.arange(0, MOST)
     mask = inside[:, None] & (part < used)[None, :]
     peak = tl.load(peaks + at[:, None] * programs + part[None, :], mask=mask, other=NOTHING)
-    total = tl.load(totals + at[:, None] * programs + part[None, :], mask=mask, other=0.0)
+    return peak, tl.load(totals + at[:, None] * programs + part[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_values(part, at, inside, used, programs, MOST: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr):
+    """[rows, MOST, DV_PAD] of the parts of some rows."""
+    index, dim = tl.arange(0, MOST), tl.arange(0, DV_PAD)
+    mask = (inside[:, None] & (index < used)[None, :])[:, :, None] & (dim < DV)[None, None, :]
+    row = at[:, None] * programs + index[None, :]
+    return tl.load(part + row[:, :, None] * DV + dim[None, None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def softmax_of_parts(peak, total):
+    """(peak, total) over all parts of some rows."""
     top = tl.max(peak, axis=1)
     return top, tl.sum(total * power_of_two(peak - top[:, None]), axis=1)
 
 
 @triton.jit
-def merge_parts(
-    part, peaks, totals, at, inside, used, programs,
-    MOST: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-):  # fmt: skip
-    """[ROWS, DV_PAD] attention of some rows (row `at` of lanes * G) from the parts that programs left."""
-    STEP: tl.constexpr = MOST if MOST < AT_ONCE else AT_ONCE
-    top, total = softmax_of_parts(peaks, totals, at, inside, used, programs, MOST)
-    dim = tl.arange(0, DV_PAD)
-    out = tl.zeros([ROWS, DV_PAD], tl.float32)
-    # Unrolled, so that no load waits for another.
-    for first in tl.static_range(0, MOST, STEP):
-        index = first + tl.arange(0, STEP)
-        mask = inside[:, None] & (index < used)[None, :]
-        row = at[:, None] * programs + index[None, :]
-        weight = power_of_two(tl.load(peaks + row, mask=mask, other=NOTHING) - top[:, None])
-        mask = mask[:, :, None] & (dim < DV)[None, None, :]
-        values = tl.load(part + row[:, :, None] * DV + dim[None, None, :], mask=mask, other=0.0)
-        out += tl.sum(values * weight[:, :, None], axis=1)
-    return divided(out, total)
+def merge_parts(peak, total, values):
+    """[rows, DV_PAD] attention of some rows from the parts that programs left."""
+    top, whole = softmax_of_parts(peak, total)
+    return divided(tl.sum(values * power_of_two(peak - top[:, None])[:, :, None], axis=1), whole)
 
 
 @triton.jit

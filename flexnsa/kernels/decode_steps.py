@@ -2,10 +2,16 @@
 
 A lane is one sequence and KV head; its g query heads are the rows of every tile. Grids depend on shapes alone:
 programs share the work of a sequence as its length says, and those that get none leave at once.
+
+What does not depend on one another is loaded first and used afterwards: a load after a reduction would wait for it.
+
+With EARLY, programs of a launch start while the one before it ends, and wait where they first read what it left. At
+least one program of each launch waits, so that whoever has waited for a launch has waited for all before it.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flexnsa.kernels.decode_parts import (
     NOTHING,
@@ -16,6 +22,8 @@ from flexnsa.kernels.decode_parts import (
     load_gates,
     load_queries,
     load_rows,
+    load_totals,
+    load_values,
     locate,
     merge_parts,
     num_compressed,
@@ -28,7 +36,9 @@ from flexnsa.kernels.decode_parts import (
     store_part,
     window_tiles,
 )
-from flexnsa.kernels.topn import _choose
+from flexnsa.kernels.topn import choose_among
+
+NO_PAGE = tl.constexpr(-(2**31))  # what no table holds
 
 _SIZES = ["capacity", "num_pages", "win_num_pages", "tiles_pitch", "table_row", "win_table_row",
           "imp_programs", "cmp_programs", "win_programs", "slc_programs"]  # fmt: skip
@@ -43,15 +53,15 @@ def attend_static(
     win_num_pages, heads, capacity, cmp_programs, win_programs, pitch, tiles_pitch,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     COMPRESS_BLOCK: tl.constexpr, COMPRESS_STRIDE: tl.constexpr, SELECT_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
-    PAGE: tl.constexpr, WIN_PAGE: tl.constexpr, WIN_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-    RESIDUES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, LATER_STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PAGE: tl.constexpr, WIN_PAGE: tl.constexpr, WIN_RING: tl.constexpr, BEHIND: tl.constexpr, WIN_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, RESIDUES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, LATER_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """What no selection decides: the first programs of a lane attend to compressed tokens, the others to the window.
 
     A tile of compressed tokens are those that end in BLOCKS adjacent blocks. `shares` [lanes, G, pitch, 2] are what
     a block's tokens add to its importance and, for tokens that begin before it, to that of the block before; over
-    2 ** `tile_peaks` [lanes, G, tiles_pitch].
+    2 ** `tile_peaks` [lanes, G, tiles_pitch]. A compressed token lies BEHIND places before its slot.
     """
     program, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv_head = lane // heads, lane % heads
@@ -61,10 +71,11 @@ def attend_static(
             tl.store(arrived + lane, 0)
         RATIO: tl.constexpr = SELECT_BLOCK // COMPRESS_STRIDE
         OVERLAP: tl.constexpr = COMPRESS_BLOCK // COMPRESS_STRIDE
-        count = num_compressed(length, COMPRESS_BLOCK, COMPRESS_STRIDE)
+        # The first page's number, asked for while the length is on its way: the loop will find it in the cache.
+        first_page = tl.load(table + batch * table_row + program * (BLOCKS * RATIO) // PAGE)
+        count = num_compressed(tl.where(first_page == NO_PAGE, 0, length), COMPRESS_BLOCK, COMPRESS_STRIDE)
         tiles = (compressed_blocks(count, RATIO, OVERLAP) + BLOCKS - 1) // BLOCKS
-        first, last = share(tiles, cmp_programs, program)
-        if first < last:
+        if program < tiles:
             q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
             peak = tl.full([HEADS], NOTHING, tl.float32)
             total = tl.zeros([HEADS, BLOCKS * RESIDUES], tl.float32)
@@ -76,7 +87,7 @@ def attend_static(
             residue = tl.arange(0, RESIDUES)[None, None, :]
             # Tokens that a compressed token shares with the block in which it ends, in strides.
             own = tl.minimum(residue + 1, OVERLAP)
-            for tile in tl.range(first, last, num_stages=LATER_STAGES):
+            for tile in tl.range(program, tiles, cmp_programs, num_stages=LATER_STAGES):
                 begin = tile * (BLOCKS * RATIO)
                 slot = begin + within
                 token = slot - (OVERLAP - 1)
@@ -85,11 +96,11 @@ def attend_static(
                     inside = inside & (row % RESIDUES < RATIO)
                 if PAGE % (BLOCKS * RATIO) == 0:
                     page = tl.load(table + batch * table_row + begin // PAGE)
-                    place = begin % PAGE + within
+                    place = begin % PAGE + within - BEHIND
                     mapped = inside & (token < tl.where((page >= 0) & (page < num_pages), count, 0))
                 else:
                     page = locate(table + batch * table_row, slot, inside, num_pages, PAGE)
-                    place = slot % PAGE
+                    place = slot % PAGE - BEHIND
                     mapped = page >= 0
                 k_rows = load_rows(k + kv_head * k_head, page, place, mapped, k_page, k_place, k_dim, D, D_PAD)
                 v_rows = load_rows(v + kv_head * v_head, page, place, mapped, v_page, v_place, v_dim, DV, DV_PAD)
@@ -108,6 +119,8 @@ def attend_static(
                 at = (lane_head[:, None] * pitch + block[None, :])[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
                 tl.store(shares + at, tl.join(here, before), mask=is_head[:, None, None])
                 tl.store(tile_peaks + lane_head * tiles_pitch + tile, peak, mask=is_head)
+            if EARLY:
+                gdc_launch_dependents()
             store_part(cmp_part, cmp_peaks, cmp_totals, lane, program, cmp_programs, peak, tl.sum(total, axis=1), out,
                        G, HEADS, DV, DV_PAD)  # fmt: skip
     else:
@@ -122,8 +135,10 @@ def attend_static(
             peak, total, out = attend_blocks(
                 q_rows, win_k + kv_head * win_k_head, win_v + kv_head * win_v_head, blocks, found, first, last, low,
                 length, scale_log2, win_k_page, win_k_place, win_k_dim, win_v_page, win_v_place, win_v_dim,
-                WIN_BLOCKS, HEADS, D, DV, D_PAD, DV_PAD, SELECT_BLOCK, WIN_PAGE, KEYS, STAGES, PRECISION,
+                WIN_BLOCKS, HEADS, D, DV, D_PAD, DV_PAD, SELECT_BLOCK, WIN_PAGE, WIN_RING, KEYS, STAGES, PRECISION,
             )  # fmt: skip
+            if EARLY:
+                gdc_launch_dependents()
             store_part(win_part, win_peaks, win_totals, lane, program, win_programs, peak, total, out, G, HEADS, DV,
                        DV_PAD)  # fmt: skip
 
@@ -133,45 +148,48 @@ def _sum_heads(
     shares, tile_peaks, cmp_peaks, cmp_totals, sums, lane, first, tiles, used, cmp_programs, pitch, tiles_pitch,
     G: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, CMP_MOST: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write `sums` [lanes, pitch, 2]: the shares of a run of tiles as probabilities, summed over the heads."""
+    """Write `sums` [lanes, 2, pitch]: the shares of a run of tiles as probabilities, summed over the heads."""
     head, tile, column = tl.arange(0, HEADS), first + tl.arange(0, TILES), tl.arange(0, 2 * BLOCKS)
     lane_head = lane * G + head
-    top, total = softmax_of_parts(cmp_peaks, cmp_totals, lane_head, head < G, used, cmp_programs, CMP_MOST)
     mask = (head < G)[:, None] & (tile < tiles)[None, :]
-    peak = tl.load(tile_peaks + lane_head[:, None] * tiles_pitch + tile[None, :], mask=mask, other=NOTHING)
-    # Scaled by 2 ** 64, which changes no order, so that blocks of probability 1e-45 still compare.
-    scale = power_of_two(peak - top[:, None] + 64.0) * (1.0 / tl.where(head < G, total, 1.0))[:, None]
-    # Whole tiles are read and written, and so the accesses are wide.
+    # Whole tiles are read, and so the loads are wide.
     at = tile[:, None] * (2 * BLOCKS) + column[None, :]
     found = tl.load(shares + (lane_head * pitch * 2)[:, None, None] + at[None, :, :], mask=mask[:, :, None], other=0.0)
-    found = tl.sum(found * scale[:, :, None], axis=0)
-    tl.store(sums + lane * pitch * 2 + at, found, mask=(tile < tiles)[:, None])
+    peak = tl.load(tile_peaks + lane_head[:, None] * tiles_pitch + tile[None, :], mask=mask, other=NOTHING)
+    peaks, totals = load_totals(cmp_peaks, cmp_totals, lane_head, head < G, used, cmp_programs, CMP_MOST)
+    top, total = softmax_of_parts(peaks, totals)
+    # Scaled by 2 ** 64, which changes no order, so that blocks of probability 1e-45 still compare.
+    scale = power_of_two(peak - top[:, None] + 64.0) * (1.0 / tl.where(head < G, total, 1.0))[:, None]
+    at = (2 * lane + column % 2)[None, :] * pitch + tile[:, None] * BLOCKS + (column // 2)[None, :]
+    tl.store(sums + at, tl.sum(found * scale[:, :, None], axis=0), mask=(tile < tiles)[:, None])
 
 
 @triton.jit
-def _add_shares(sums, importance, lane, touched, pitch, OVERLAP: tl.constexpr, S: tl.constexpr):
-    """Write `importance` [lanes, pitch]: what each block's tokens add to it, and what the next one's do."""
-    block = tl.arange(0, S)
-    at, mask = sums + (lane * pitch + block) * 2, block < touched
-    found = tl.load(at, mask=mask, other=0.0)
+def _importance(sums, lane, touched, pitch, OVERLAP: tl.constexpr, S: tl.constexpr):
+    """[1, S] importances, anything from `touched` on: what a block's tokens add to it, and what the next one's do."""
+    block = tl.arange(0, S)[None, :]
+    here, before = sums + 2 * lane * pitch, sums + (2 * lane + 1) * pitch
+    # Whole groups of 16, which lie in `sums`, so that the loads are wide.
+    mask = block < (touched + 15) // 16 * 16
+    found = tl.load(here + block, mask=mask, other=0.0)
     if OVERLAP > 1:
-        reach = tl.load(at + 3, mask=block + 1 < touched, other=0.0)
+        reach = tl.load(before + block + 1, mask=block + 1 < touched, other=0.0)
         if OVERLAP == 2:
-            reach += tl.load(at + 1, mask=mask, other=0.0)
+            reach += tl.load(before + block, mask=mask, other=0.0)
         found += reach
-    tl.store(importance + lane * pitch + block, found, mask=mask)
+    return found
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def select(
     lengths, cmp_part, cmp_peaks, cmp_totals, win_part, win_peaks, win_totals, shares, tile_peaks, arrived, sums,
-    importance, indices, gates, mixed, gate_batch, gate_head, gate_branch,
+    indices, gates, mixed, gate_batch, gate_head, gate_branch,
     heads, capacity, imp_programs, cmp_programs, win_programs, pitch, tiles_pitch,
     G: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, DV_PAD: tl.constexpr,
     COMPRESS_BLOCK: tl.constexpr, COMPRESS_STRIDE: tl.constexpr, SELECT_BLOCK: tl.constexpr,
     NUM_SELECTED: tl.constexpr, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr,
     BLOCKS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, CMP_MOST: tl.constexpr, WIN_MOST: tl.constexpr,
-    S: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Importance, a run of tiles to a program, the last of which chooses; others merge the static branches meanwhile.
 
@@ -184,33 +202,38 @@ def select(
     OVERLAP: tl.constexpr = COMPRESS_BLOCK // COMPRESS_STRIDE
     count = num_compressed(length, COMPRESS_BLOCK, COMPRESS_STRIDE)
     touched = compressed_blocks(count, RATIO, OVERLAP)
-    cmp_used = programs_used((touched + BLOCKS - 1) // BLOCKS, cmp_programs)
+    tiles = (touched + BLOCKS - 1) // BLOCKS
+    cmp_used = tl.minimum(tiles, cmp_programs)
+    if EARLY:
+        gdc_wait()
     if program < imp_programs:
-        tiles = (touched + BLOCKS - 1) // BLOCKS
         if program * TILES < tiles:
             _sum_heads(shares, tile_peaks, cmp_peaks, cmp_totals, sums, lane, program * TILES, tiles, cmp_used,
                        cmp_programs, pitch, tiles_pitch, G, HEADS, BLOCKS, CMP_MOST, TILES)  # fmt: skip
+        if EARLY:
+            gdc_launch_dependents()
         tl.debug_barrier()
         if tl.atomic_add(arrived + lane, 1, sem="acq_rel") == imp_programs - 1:
-            _add_shares(sums, importance, lane, touched, pitch, OVERLAP, S)
-            tl.debug_barrier()
             one = tl.zeros([1, 1], tl.int32)
-            current = (length + SELECT_BLOCK - 1) // SELECT_BLOCK - 1
-            _choose(importance + lane * pitch + one, indices + lane * NUM_SELECTED + one, current + one, touched + one,
-                    NUM_SELECTED, NUM_INITIAL, NUM_LOCAL, S, N, 1)  # fmt: skip
+            current = (length + SELECT_BLOCK - 1) // SELECT_BLOCK - 1 + one
+            choose_among(_importance(sums, lane, touched, pitch, OVERLAP, S), indices + lane * NUM_SELECTED + one,
+                         0, current, current, touched + one, NUM_SELECTED, NUM_INITIAL, NUM_LOCAL, S, N, 1,
+                         False)  # fmt: skip
     else:
         head = (program - imp_programs) * ROWS + tl.arange(0, ROWS)
         at, is_head = lane * G + head, head < G
-        compressed = merge_parts(
-            cmp_part, cmp_peaks, cmp_totals, at, is_head, cmp_used, cmp_programs, CMP_MOST, AT_ONCE, ROWS, DV, DV_PAD
-        )
-        used = programs_used(window_tiles(length, WINDOW, SELECT_BLOCK, KEYS), win_programs)
-        window = merge_parts(
-            win_part, win_peaks, win_totals, at, is_head, used, win_programs, WIN_MOST, AT_ONCE, ROWS, DV, DV_PAD
-        )
+        win_used = programs_used(window_tiles(length, WINDOW, SELECT_BLOCK, KEYS), win_programs)
+        compressed = load_values(cmp_part, at, is_head, cmp_used, cmp_programs, CMP_MOST, DV, DV_PAD)
+        window = load_values(win_part, at, is_head, win_used, win_programs, WIN_MOST, DV, DV_PAD)
+        cmp_peak, cmp_total = load_totals(cmp_peaks, cmp_totals, at, is_head, cmp_used, cmp_programs, CMP_MOST)
+        win_peak, win_total = load_totals(win_peaks, win_totals, at, is_head, win_used, win_programs, WIN_MOST)
         gates += batch * gate_batch + kv_head * G * gate_head
-        value = load_gates(gates, gate_head, head, tl.where(count > 0, G, 0)) * compressed
-        value += load_gates(gates + 2 * gate_branch, gate_head, head, tl.where(length > 0, G, 0)) * window
+        cmp_gate = load_gates(gates, gate_head, head, tl.where(count > 0, G, 0))
+        win_gate = load_gates(gates + 2 * gate_branch, gate_head, head, tl.where(length > 0, G, 0))
+        if EARLY:
+            gdc_launch_dependents()
+        value = cmp_gate * merge_parts(cmp_peak, cmp_total, compressed)
+        value += win_gate * merge_parts(win_peak, win_total, window)
         store_output(mixed + lane * G * DV, value, DV, 1, head, G, DV, DV_PAD)
 
 
@@ -228,7 +251,7 @@ def attend_selected(
     gate_batch, gate_head, gate_branch, out_batch, out_head, out_dim, heads, capacity, slc_programs,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     SELECT_BLOCK: tl.constexpr, NUM_SELECTED: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr,
-    ALONE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention to a run of the selected blocks; a program that is a lane's only one adds the other branches, too."""
     program, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -237,8 +260,16 @@ def attend_selected(
     SUBS: tl.constexpr = (SELECT_BLOCK + KEYS - 1) // KEYS
     chosen = tl.minimum((length + SELECT_BLOCK - 1) // SELECT_BLOCK, NUM_SELECTED)
     first, last = share(chosen * SUBS, slc_programs, program)
-    if ALONE or first < last:
+    if program == 0 or first < last:
         q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
+        head = tl.arange(0, HEADS)
+        if ALONE:
+            gates += batch * gate_batch + kv_head * G * gate_head + gate_branch
+            gate = load_gates(gates, gate_head, head, tl.where(length > 0, G, 0))
+        if EARLY:
+            gdc_wait()
+        if ALONE:
+            others = _load_mixed(mixed, lane, head, G, DV, DV_PAD)
         entry = tl.arange(0, N)
         blocks = tl.load(indices + lane * NUM_SELECTED + entry, mask=entry < chosen, other=-1)
         at = blocks * SELECT_BLOCK
@@ -246,16 +277,15 @@ def attend_selected(
         peak, total, value = attend_blocks(
             q_rows, k + kv_head * k_head, v + kv_head * v_head, blocks, found, first, last, 0, length, scale_log2,
             k_page, k_place, k_dim, v_page, v_place, v_dim,
-            N, HEADS, D, DV, D_PAD, DV_PAD, SELECT_BLOCK, PAGE, KEYS, STAGES, PRECISION,
+            N, HEADS, D, DV, D_PAD, DV_PAD, SELECT_BLOCK, PAGE, 0, KEYS, STAGES, PRECISION,
         )  # fmt: skip
         if ALONE:
-            head = tl.arange(0, HEADS)
-            gates += batch * gate_batch + kv_head * G * gate_head + gate_branch
-            value = load_gates(gates, gate_head, head, tl.where(length > 0, G, 0)) * divided(value, total)
-            value += _load_mixed(mixed, lane, head, G, DV, DV_PAD)
+            value = gate * divided(value, total) + others
             out += batch * out_batch + kv_head * G * out_head
             store_output(out, value, out_head, out_dim, head, G, DV, DV_PAD)
         else:
+            if EARLY:
+                gdc_launch_dependents()
             store_part(slc_part, slc_peaks, slc_totals, lane, program, slc_programs, peak, total, value, G, HEADS, DV,
                        DV_PAD)  # fmt: skip
 
@@ -265,7 +295,7 @@ def add_selected(
     lengths, slc_part, slc_peaks, slc_totals, mixed, gates, out,
     gate_batch, gate_head, gate_branch, out_batch, out_head, out_dim, heads, capacity, slc_programs,
     G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, SELECT_BLOCK: tl.constexpr, NUM_SELECTED: tl.constexpr,
-    KEYS: tl.constexpr, SLC_MOST: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    KEYS: tl.constexpr, SLC_MOST: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The step's output: the static branches, mixed before, and the gate times the selected branch's merged parts."""
     lane = tl.program_id(1).to(tl.int64)
@@ -275,11 +305,12 @@ def add_selected(
     SUBS: tl.constexpr = (SELECT_BLOCK + KEYS - 1) // KEYS
     chosen = tl.minimum((length + SELECT_BLOCK - 1) // SELECT_BLOCK, NUM_SELECTED)
     used = programs_used(chosen * SUBS, slc_programs)
-    selected = merge_parts(
-        slc_part, slc_peaks, slc_totals, lane * G + head, head < G, used, slc_programs, SLC_MOST, AT_ONCE, ROWS, DV,
-        DV_PAD,
-    )  # fmt: skip
     gates += batch * gate_batch + kv_head * G * gate_head + gate_branch
-    value = load_gates(gates, gate_head, head, tl.where(length > 0, G, 0)) * selected
-    value += _load_mixed(mixed, lane, head, G, DV, DV_PAD)
+    gate = load_gates(gates, gate_head, head, tl.where(length > 0, G, 0))
+    if EARLY:
+        gdc_wait()
+    at, is_head = lane * G + head, head < G
+    values = load_values(slc_part, at, is_head, used, slc_programs, SLC_MOST, DV, DV_PAD)
+    peak, total = load_totals(slc_peaks, slc_totals, at, is_head, used, slc_programs, SLC_MOST)
+    value = _load_mixed(mixed, lane, head, G, DV, DV_PAD) + gate * merge_parts(peak, total, values)
     store_output(out + batch * out_batch + kv_head * G * out_head, value, out_head, out_dim, head, G, DV, DV_PAD)

@@ -7,10 +7,12 @@ and sums are taken in the order of the slots, never by atomics.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from flexnsa.kernels.launch import Kernel, ceil_div
+from flexnsa.kernels.spans import Span
 
 _BLOCK = 1024
 
@@ -23,12 +25,12 @@ class Inversion(NamedTuple):
 
     Attributes:
         pairs: int32 ``[lanes, chunks, chunk * n]``, the pairs that see nothing last.
-        first_pair: int32 ``[lanes, chunks, bins + 1]``, where each bin begins in ``pairs``.
+        first_pair: int32 ``[lanes, chunks, bins + 1]``, where each bin begins in ``pairs``. This table and the two like
+            it hold nothing beyond the bin that follows the last one with pairs.
         first_item: int32 ``[lanes, chunks, bins + 1]``, the number of items before each bin.
         item_bin: int32 ``[lanes, chunks, max_items]``, the bin of each item, ``bins`` past the last.
         first_split: int32 ``[lanes, chunks, bins + 1]``, the number of items of split bins before each bin.
         split_bin: int32 ``[lanes, chunks, max_split_bins]``, the split bins, ``bins`` past the last.
-        split: most pairs of an item.
     """
 
     pairs: Tensor
@@ -37,86 +39,144 @@ class Inversion(NamedTuple):
     item_bin: Tensor
     first_split: Tensor
     split_bin: Tensor
-    split: int
-
-    def of_lanes(self, first: int, count: int) -> "Inversion":
-        """The inversion of some of the lanes."""
-        return self._replace(**{name: getattr(self, name)[first : first + count] for name in self._fields[:-1]})
 
 
 def invert_selection(
-    base: Tensor, rank: Tensor, query: int, num_keys: int, select_block: int, chunk: int, chunks: int, split: int
+    base: Tensor, rank: Tensor | None, span: Span, num_keys: int, select_block: int, split: int
 ) -> Inversion:
-    """Sort pairs by block.
+    """Sort the pairs of a span's lanes and chunks by block.
 
     Args:
         base: int32 ``[lanes, tq, n]``, first tokens of the selected blocks, -1 for none.
-        rank: int32 ``[lanes, tq]``, as in ``Blocks``. Blocks of two documents can share ``base // select_block``;
-            adding the rank within the chunk keeps every bin one block.
-        query: first query of the first chunk.
+        rank: int32 ``[lanes, tq]`` or None, as in ``Blocks``. Blocks of two documents can share
+            ``base // select_block``; adding the rank within the chunk keeps every bin one block.
+        span: the lanes and the chunks.
         num_keys: tk.
         select_block: tokens of a block.
-        chunk: queries of a chunk.
-        chunks: number of chunks.
         split: most pairs of an item.
 
     Returns:
         The inversion, of O(chunks * chunk * n) memory.
     """
-    lanes, tq, n = base.shape
-    per_chunk = chunk * n
-    bins = triton.cdiv(num_keys, select_block) + chunk
-    keys = torch.empty(lanes, chunks, per_chunk, dtype=torch.int32, device=base.device)
-    _pair_keys[(triton.cdiv(per_chunk, _BLOCK), chunks, lanes)](
-        base, rank, keys, *base.stride()[:1], *rank.stride()[:1], query, tq, chunk, bins,
-        SELECT=select_block, N=n, BLOCK=_BLOCK,
+    tq, n = base.shape[1:]
+    lanes, chunks, per_chunk = span.lanes, span.chunks, span.queries * n
+    bins = ceil_div(num_keys, select_block) + (1 if rank is None else span.queries)
+    keys = base.new_empty(lanes, chunks, per_chunk)
+    programs = ceil_div(per_chunk, _BLOCK)
+    _pair_keys[(programs, chunks, lanes)](
+        base, base if rank is None else rank, keys, span.lane, span.query, tq, span.queries, bins,
+        SELECT=select_block, N=n, BLOCK=_BLOCK, PACKED=rank is not None,
     )  # fmt: skip
     ordered, order = keys.flatten().sort(stable=True)
-    pairs = order.remainder_(per_chunk).to(torch.int32).view(lanes, chunks, per_chunk)
-    segment = torch.arange(lanes * chunks, dtype=torch.int32, device=keys.device).view(lanes, chunks, 1)
-    edges = segment * (bins + 1) + torch.arange(bins + 1, dtype=torch.int32, device=keys.device)
-    first_pair = torch.searchsorted(ordered.view_as(keys), edges, out_int32=True)
-    count = first_pair.diff(dim=-1)
-    items = (count + (split - 1)) // split
-    first_item = _exclusive_sum(items)
-    several = items > 1
-    return Inversion(
-        pairs=pairs,
-        first_pair=first_pair,
-        first_item=first_item,
-        item_bin=_owner(first_item, min(bins, per_chunk) + per_chunk // split),
-        first_split=_exclusive_sum(items * several),
-        split_bin=_owner(_exclusive_sum(several), max(1, per_chunk // (split + 1))),
-        split=split,
-    )
+    first_pair, first_item, first_split = (base.new_empty(lanes, chunks, bins + 1) for _ in range(3))
+    item_bin = base.new_empty(lanes, chunks, min(bins, per_chunk) + per_chunk // split)
+    split_bin = base.new_empty(lanes, chunks, max(1, per_chunk // (split + 1)))
+    pairs = keys  # sorted, hence free
+    _tabulate[(1 + programs, chunks, lanes)](
+        ordered, order, pairs, first_pair, first_item, item_bin, first_split, split_bin,
+        per_chunk, 1 << (per_chunk.bit_length() - 1), bins, item_bin.shape[-1], split_bin.shape[-1], split,
+        BLOCK=_BLOCK,
+    )  # fmt: skip
+    return Inversion(pairs, first_pair, first_item, item_bin, first_split, split_bin)
 
 
-def _exclusive_sum(counts: Tensor) -> Tensor:
-    """[..., bins + 1] int32: the sum of ``counts`` [..., bins] before each bin, and the total."""
-    total = torch.zeros(*counts.shape[:-1], counts.shape[-1] + 1, dtype=torch.int32, device=counts.device)
-    torch.cumsum(counts, -1, dtype=torch.int32, out=total[..., 1:])
-    return total
-
-
-def _owner(first: Tensor, most: int) -> Tensor:
-    """[..., most] int32: the bin of each item, from the number of items before each bin."""
-    item = torch.arange(most, dtype=torch.int32, device=first.device).expand(*first.shape[:-1], most)
-    return torch.searchsorted(first[..., 1:].contiguous(), item.contiguous(), right=True, out_int32=True)
-
-
-@triton.jit(do_not_specialize=["query", "tq", "chunk", "bins"])
+@Kernel
+@triton.jit(do_not_specialize=["first_lane", "query", "tq", "chunk", "bins"])
 def _pair_keys(
-    base, rank, keys, stride_base, stride_rank, query, tq, chunk, bins,
-    SELECT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    base, rank, keys, first_lane, query, tq, chunk, bins,
+    SELECT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.program_id(2).to(tl.int64)
-    segment = lane * tl.num_programs(1) + tl.program_id(1)
+    """The sort key of each pair: its segment (lane and chunk), then its bin. Grid: (pairs, chunks, lanes)."""
+    segment = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    lane = (first_lane + tl.program_id(2)).to(tl.int64)
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = query + tl.program_id(1).to(tl.int64) * chunk
     token = first + pair // N
     inside = (pair < chunk * N) & (token < tq)
-    begin = tl.load(base + lane * stride_base + token * N + pair % N, mask=inside, other=-1)
-    earlier = tl.load(rank + lane * stride_rank + tl.minimum(first, tq - 1))
-    key = (begin + SELECT - 1) // SELECT + tl.load(rank + lane * stride_rank + token, mask=inside, other=0) - earlier
+    begin = tl.load(base + (lane * tq + token) * N + pair % N, mask=inside, other=-1)
+    key = (begin + SELECT - 1) // SELECT
+    if PACKED:
+        earlier = tl.load(rank + lane * tq + tl.minimum(first, tq - 1))
+        key += tl.load(rank + lane * tq + token, mask=inside, other=0) - earlier
     key = tl.where((begin >= 0) & (key >= 0) & (key < bins), key, bins)
     tl.store(keys + segment * (chunk * N) + pair, (segment * (bins + 1) + key).to(tl.int32), mask=pair < chunk * N)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["per_chunk", "half", "bins", "items", "split_bins", "split"])
+def _tabulate(
+    ordered, order, pairs, first_pair, first_item, item_bin, first_split, split_bin,
+    per_chunk, half, bins, items, split_bins, split, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Everything about a segment's bins, by its first program; its pairs in their order, by the others.
+
+    ``half`` is the largest power of two up to ``per_chunk``. Grid: (1 + pairs, chunks, lanes).
+    """
+    segment = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    if tl.program_id(0) == 0:
+        first_bin = segment * (bins + 1)
+        _tabulate_bins(
+            ordered + segment * per_chunk, first_pair + first_bin, first_item + first_bin, item_bin + segment * items,
+            first_split + first_bin, split_bin + segment * split_bins, first_bin.to(tl.int32),
+            per_chunk, half, bins, items, split_bins, split, BLOCK,
+        )  # fmt: skip
+    else:
+        place = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
+        at = segment * per_chunk + place
+        inside = place < per_chunk
+        pair = tl.load(order + at, mask=inside, other=0) - segment * per_chunk
+        tl.store(pairs + at, pair.to(tl.int32), mask=inside)
+
+
+@triton.jit
+def _tabulate_bins(
+    ordered, first_pair, first_item, item_bin, first_split, split_bin, first_key,
+    per_chunk, half, bins, items, split_bins, split, BLOCK: tl.constexpr,
+):  # fmt: skip
+    end, _ = _pairs_before(ordered, first_key + bins, per_chunk, half)
+    place = tl.arange(0, BLOCK)
+    nothing = end * 0
+    begin, first_bin, item, split_item, split_number = nothing, nothing, nothing, nothing, nothing
+    while begin < end:
+        owner = first_bin + place
+        first, next_first = _pairs_before(ordered, first_key + tl.minimum(owner, bins), per_chunk, half)
+        parts = tl.where(owner < bins, (next_first - first + split - 1) // split, 0)
+        several = (parts > 1).to(tl.int32)
+        part = item + tl.cumsum(parts, axis=0) - parts
+        tl.store(first_pair + owner, first, mask=owner <= bins)
+        tl.store(first_item + owner, part, mask=owner <= bins)
+        split_part = split_item + tl.cumsum(parts * several, axis=0) - parts * several
+        tl.store(first_split + owner, split_part, mask=owner <= bins)
+        number = split_number + tl.cumsum(several, axis=0) - several
+        tl.store(split_bin + number, owner, mask=several > 0)
+        for piece in range(tl.max(parts, axis=0)):
+            tl.store(item_bin + part + piece, owner, mask=piece < parts)
+        begin = tl.max(tl.where(owner < bins, next_first, 0), axis=0)
+        first_bin += BLOCK
+        item += tl.sum(parts, axis=0)
+        split_item += tl.sum(parts * several, axis=0)
+        split_number += tl.sum(several, axis=0)
+    if first_bin <= bins:
+        tl.store(first_pair + first_bin, end)
+        tl.store(first_item + first_bin, item)
+        tl.store(first_split + first_bin, split_item)
+    for first in range(item, items, BLOCK):
+        tl.store(item_bin + first + place, bins, mask=first + place < items)
+    for first in range(split_number, split_bins, BLOCK):
+        tl.store(split_bin + first + place, bins, mask=first + place < split_bins)
+
+
+@triton.jit
+def _pairs_before(ordered, key, per_chunk, half):
+    """How many of a segment's sorted keys are below ``key``, and how many up to it."""
+    below, up_to = key * 0, key * 0
+    step = half
+    while step > 0:
+        tried = below + step
+        found = tl.load(ordered + tried - 1, mask=tried <= per_chunk, other=0x7FFFFFFF)
+        below = tl.where(found < key, tried, below)
+        tried = up_to + step
+        found = tl.load(ordered + tried - 1, mask=tried <= per_chunk, other=0x7FFFFFFF)
+        up_to = tl.where(found <= key, tried, up_to)
+        step //= 2
+    return below, up_to

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
 from flexnsa.kernels.configs import shared_memory
-from flexnsa.kernels.topn import split_tile, top_blocks, touched_blocks, visible_count
+from flexnsa.kernels.launch import Kernel, ceil_div, next_power
+from flexnsa.kernels.topn import Table, hidden_count, split_tile, top_blocks, touched_blocks, visible_count
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TEMPORARY_BYTES = 384 << 20
@@ -70,17 +71,18 @@ def _slow_logits(
     return logits
 
 
+@Kernel
 @triton.jit(
     do_not_specialize=["first_tile", "rows", "heads", "tq", "num_blocks", "num_tokens", "first_head", "group", "span"]
 )
 def _score(
-    q, k_cmp, lse, position, start, offset, importance, scale_log2,
+    q, k_cmp, lse, position, start, offset, low, high, importance, scale_log2,
     first_tile, rows, heads, tq, num_blocks, pitch, num_tokens,
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, lse_batch, lse_head, lse_token,
-    position_row, start_row, offset_row, first_head, group, span,
+    position_row, start_row, offset_row, low_row, high_row, first_head, group, span,
     COMPRESS_BLOCK: tl.constexpr, COMPRESS_STRIDE: tl.constexpr, SELECT_BLOCK: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
-    BLOCKS: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr,
+    BLOCKS: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = HEADS * R
     RATIO: tl.constexpr = SELECT_BLOCK // COMPRESS_STRIDE
@@ -92,10 +94,14 @@ def _score(
     query = query_tile * R + tl.arange(0, R)
     is_query = query < tq
     at = tl.load(position + batch * position_row + query, mask=is_query, other=-1)
-    local = at - tl.load(start + batch * start_row + query, mask=is_query, other=0)
+    origin = tl.load(start + batch * start_row + query, mask=is_query, other=0)
     first_token = tl.load(offset + batch * offset_row + query, mask=is_query, other=0)
-    count = tl.where((at >= 0) & (first_token >= 0), visible_count(local, COMPRESS_BLOCK, COMPRESS_STRIDE), 0)
-    count = tl.minimum(count, num_tokens - first_token)
+    last = tl.load(high + batch * high_row + query, mask=is_query, other=-1) if MASKED else at
+    count = visible_count(last - origin, COMPRESS_BLOCK, COMPRESS_STRIDE)
+    count = tl.minimum(tl.where((at >= 0) & (first_token >= 0), count, 0), num_tokens - first_token)
+    if MASKED:
+        hidden = hidden_count(tl.load(low + batch * low_row + query, mask=is_query, other=0) - origin, COMPRESS_STRIDE)
+        count = tl.where(hidden < count, count, 0)
 
     column = tl.arange(0, COLUMNS)
     head_in_group = first_head + column // R
@@ -114,7 +120,10 @@ def _score(
 
     row = tl.arange(0, BLOCKS)
     previous_row = (row[:, None] + tl.zeros([1, R], tl.int32) + (BLOCKS - 1)) % BLOCKS
-    zero = tl.zeros([BLOCKS, R], tl.float32)
+    # Where a token reaches into several blocks, those cut on the left and on the right add the same numbers in another
+    # order. In float64 multiples of one probability are exact, and such blocks tie as they should.
+    SUM: tl.constexpr = tl.float64 if OVERLAP > 2 else tl.float32
+    zero = tl.zeros([BLOCKS, R], SUM)
     first_run = tl.program_id(1) * span
     into = importance + (tile.to(tl.int64) * R + tl.arange(0, R)) * pitch
 
@@ -149,10 +158,13 @@ def _score(
             p = tl.exp2(tl.fma(logits, scale_log2, shift[None, :]))
             p = tl.sum(tl.reshape(p, [BLOCKS, HEADS, R]), axis=1)
             p = tl.where(token[:, None] < seen[None, :], p, 0.0)
-            own += p * tl.minimum(RATIO - residue, OVERLAP).to(tl.float32)
+            if MASKED:
+                p = tl.where(token[:, None] >= hidden[None, :], p, 0.0)
+            p = p.to(SUM)
+            own += p * tl.minimum(RATIO - residue, OVERLAP).to(SUM)
             if OVERLAP > 1:
                 reach = OVERLAP - RATIO + residue
-                into_next += tl.where(reach > 0, p * reach.to(tl.float32), 0.0)
+                into_next += tl.where(reach > 0, p * reach.to(SUM), 0.0)
             if residue == RATIO - 1:
                 if OVERLAP > 1:
                     # The last row's place holds the last block of the tile before.
@@ -165,7 +177,7 @@ def _score(
                 wanted = (block < touched[None, :]) & (block >= first_run * BLOCKS)
                 if ADD:
                     own += tl.load(at_block, mask=wanted, other=0.0)
-                tl.store(at_block, own, mask=wanted)
+                tl.store(at_block, own.to(tl.float32), mask=wanted)
                 own = zero
         document = tl.min(tl.where((count > 0) & (first_token > document), first_token, NOWHERE), axis=0)
 
@@ -174,7 +186,7 @@ def split_dim(dim: int) -> tuple[int, int]:
     """A head dim as one or two widths that the matrix units take, so that 80, 96 and 192 are not padded to a power."""
     width = max(16, 1 << (dim.bit_length() - 1))
     rest = max(0, dim - width)
-    return width, 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
+    return width, 0 if rest == 0 else max(16, next_power(rest))
 
 
 def score_tile(dim: int, dtype: torch.dtype, group: int, shared_bytes: int) -> ScoreTile:
@@ -183,7 +195,7 @@ def score_tile(dim: int, dtype: torch.dtype, group: int, shared_bytes: int) -> S
         blocks, columns = 32, 64
     else:
         blocks, columns = 64, 128 if dim <= 128 or shared_bytes > 160 << 10 else 64
-    heads = min(triton.next_power_of_2(group), columns)
+    heads = min(next_power(group), columns)
     queries = columns // heads
     # Few queries leave room in the registers for a third program on a Hopper multiprocessor, which then hides the
     # exponentials of one behind the products of another; otherwise two programs load further ahead.
@@ -200,6 +212,8 @@ def select_blocks(
     position: torch.Tensor,
     start: torch.Tensor,
     offset: torch.Tensor,
+    low: torch.Tensor | None = None,
+    high: torch.Tensor | None = None,
     *,
     num_blocks: int,
     compress_block: int,
@@ -219,6 +233,8 @@ def select_blocks(
         position: int64 [b or 1, tq], absolute position of each query, -1 for padding.
         start: int64 [b or 1, tq], first token of the query's document.
         offset: int64 [b or 1, tq], first compressed token of the query's document.
+        low: int64 [b or 1, tq], first token that each query may see, of its document; None for `start`.
+        high: int64 [b or 1, tq], last token that it may see; None, as `low` then, for `position`.
         num_blocks: selection blocks s of one row of tk tokens.
         compress_block, compress_stride, select_block, num_selected, num_initial, num_local: as in NSAConfig.
         scale: softmax scale of the compressed attention.
@@ -229,22 +245,20 @@ def select_blocks(
     Raises:
         ValueError: a shape, dtype or size does not fit.
     """
-    _check(q, k_cmp, lse, (position, start, offset), num_blocks, num_selected)
+    table = Table(position, start, offset, low, high)
+    _check(q, k_cmp, lse, table, num_blocks, num_selected)
     batch, query_heads, tq, dim = q.shape
     heads = k_cmp.shape[1]
     indices = torch.empty(batch, heads, tq, num_selected, dtype=torch.int32, device=q.device)
     if indices.numel() == 0:
         return indices
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        # Triton's interpreter multiplies bfloat16 as the integers that hold it.
-        q, k_cmp = q.float(), k_cmp.float()
+    q, k_cmp = _computable(q), _computable(k_cmp)
     group = query_heads // heads
     tile = score_tile(dim, q.dtype, group, shared_memory(q.device))
-    tiles = batch * heads * triton.cdiv(tq, tile.queries)
-    pitch = triton.cdiv(num_blocks, 16) * 16
+    tiles = batch * heads * ceil_div(tq, tile.queries)
+    pitch = ceil_div(num_blocks, 16) * 16
     chunk = min(tiles, max(1, TEMPORARY_BYTES // (4 * tile.queries * pitch)))
     importance = torch.empty(chunk * tile.queries, pitch, dtype=torch.float32, device=q.device)
-    table = (position, start, offset)
     geometry = {"COMPRESS_BLOCK": compress_block, "COMPRESS_STRIDE": compress_stride, "SELECT_BLOCK": select_block}
     forced = {"NUM_INITIAL": num_initial, "NUM_LOCAL": num_local}
     with torch.cuda.device_of(q):
@@ -256,11 +270,16 @@ def select_blocks(
     return indices
 
 
+def _computable(x: torch.Tensor) -> torch.Tensor:
+    """``x``, widened on a CPU: Triton's interpreter multiplies bfloat16 matrices as integers."""
+    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+
+
 def _score_blocks(
     q: torch.Tensor,
     k_cmp: torch.Tensor,
     lse: torch.Tensor,
-    table: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    table: Table,
     importance: torch.Tensor,
     num_blocks: int,
     tiles: range,
@@ -274,15 +293,16 @@ def _score_blocks(
     exact = q.dtype == torch.float32
     width, rest = (16, 0) if exact else split_dim(dim)
     # Few queries (decoding) or very long rows, hence small chunks: the blocks are divided over programs too.
-    runs = triton.cdiv(num_blocks, tile.blocks)
-    splits = max(1, min(PROGRAMS // len(tiles), triton.cdiv(runs, LEAST_SPAN)))
-    span = triton.cdiv(runs, splits)
+    runs = ceil_div(num_blocks, tile.blocks)
+    splits = max(1, min(PROGRAMS // len(tiles), ceil_div(runs, LEAST_SPAN)))
+    span = ceil_div(runs, splits)
     _score[(len(tiles), splits)](
-        q, k_cmp, lse, *table, importance, scale * LOG2E.value, tiles.start, batch * heads, heads, q.shape[2],
+        q, k_cmp, lse, *table.columns, importance, scale * LOG2E.value, tiles.start, batch * heads, heads, q.shape[2],
         num_blocks, importance.stride(0), num_tokens, *q.stride(), *k_cmp.stride(), *lse.stride(),
-        *(0 if column.shape[0] == 1 else column.stride(0) for column in table), first_head, q.shape[1] // heads, span,
+        *table.strides, first_head, q.shape[1] // heads, span,
         D=dim, WIDTH=width, REST=rest, HEADS=tile.heads, R=tile.queries, BLOCKS=tile.blocks, EXACT=exact,
-        ADD=first_head > 0, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **geometry,
+        ADD=first_head > 0, MASKED=table.masked, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        **geometry,
     )  # fmt: skip
 
 
@@ -294,6 +314,8 @@ def _(
     position: torch.Tensor,
     start: torch.Tensor,
     offset: torch.Tensor,
+    low: torch.Tensor | None = None,
+    high: torch.Tensor | None = None,
     *,
     num_blocks: int,
     compress_block: int,
@@ -317,7 +339,7 @@ def _check(
     q: torch.Tensor,
     k_cmp: torch.Tensor,
     lse: torch.Tensor,
-    table: tuple[torch.Tensor, ...],
+    table: Table,
     num_blocks: int,
     num_selected: int,
 ) -> None:
@@ -335,8 +357,10 @@ def _check(
         raise ValueError(f"q must have a head dim of at most 256, got {dim}; use impl='reference'")
     if lse.shape != (batch, heads, tq) or lse.dtype != torch.float32:
         raise ValueError(f"lse must be float32 {(batch, heads, tq)}, got {lse.dtype} {tuple(lse.shape)}")
-    for name, column in zip(("position", "start", "offset"), table, strict=True):
-        if (
+    if (table.low is None) != (table.high is None):
+        raise ValueError("low and high must be given together, got one of them; they are an interval's ends")
+    for name, column in table._asdict().items():
+        if column is not None and (
             column.dtype != torch.int64
             or column.shape not in ((batch, tq), (1, tq))
             or (tq > 1 and column.stride(1) != 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexnsa.kernels.blocks import Blocks
 from flexnsa.kernels.configs import BackwardPlan, padded
+from flexnsa.kernels.launch import Kernel, ceil_div
 from flexnsa.kernels.selected_forward import precision
 from flexnsa.kernels.sharing import share_selection
 
@@ -22,6 +23,7 @@ PLACE = ["lane0", "query0", "queries", "chunk", "chunks", "tq"]
 """Arguments that say where a chunk is; kernels are not compiled anew for their values."""
 
 
+@Kernel
 @triton.jit(do_not_specialize=PLACE)
 def sum_query_pairs(
     part_dq, base, dq,
@@ -47,6 +49,7 @@ def sum_query_pairs(
     tl.store(dq + place[:, None] * D + dim[None, :], total.to(dq.dtype.element_ty), mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=PLACE)
 def tile_gradients(
     k, part_scores, base, slots, count, seen, dq, stride_kb, stride_kh, stride_kt, stride_kd,
@@ -96,6 +99,7 @@ def tile_gradients(
     tl.store(dq + place[:, None] * D + dim[None, :], (dq_tile * scale).to(dq.dtype.element_ty), mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=PLACE)
 def query_gradients(
     k, part_scores, base, count, seen, dq, stride_kb, stride_kh, stride_kt, stride_kd,
@@ -165,21 +169,20 @@ def multiply_scores(
     (hq, tq, d), hk, (lane, query, queries) = work.q.shape[1:], work.k.shape[1], place
     group, base = hq // hk, work.blocks.base
     # Several lanes are worked on at once only where a chunk holds all queries: the slice is always contiguous.
-    sharing = share_selection(
-        base[lane : lane + lanes, query : query + queries], plan.queries, 1, plan.worth, slots=True
-    )
+    here = base[lane : lane + lanes, query : query + queries]
+    sharing = share_selection(here, plan.queries, 1, plan.worth, slots=True, rest=False)
     tiles, most = sharing.base.shape[1:]
     shape = {
         "QUERIES": plan.queries, "N": base.shape[-1], "G": group, "D": d, "D_PAD": padded(d), "SELECT": select_block,
-        "SUBS": triton.cdiv(select_block, plan.tile.keys), "KEYS": plan.tile.keys, "PRECISION": precision(work.q),
+        "SUBS": ceil_div(select_block, plan.tile.keys), "KEYS": plan.tile.keys, "PRECISION": precision(work.q),
     }  # fmt: skip
     rows = min(64, padded(plan.queries * group))
-    tile_gradients[(tiles, lanes, triton.cdiv(plan.queries * group, rows))](
+    tile_gradients[(tiles, lanes, ceil_div(plan.queries * group, rows))](
         work.k, part_scores, sharing.base, sharing.slots, sharing.common, work.blocks.seen, work.dq, *work.k.stride(),
         *place, hk, tq, most, scale, **shape, ROWS=rows, STAGES=3, num_warps=4,
     )  # fmt: skip
     rows = min(64, padded(group))
-    query_gradients[(queries, lanes, triton.cdiv(group, rows))](
+    query_gradients[(queries, lanes, ceil_div(group, rows))](
         work.k, part_scores, base, sharing.common, work.blocks.seen, work.dq, *work.k.stride(),
         *place, hk, tq, tiles, scale, **shape, ROWS=rows, STAGES=3, num_warps=max(2, rows // 16),
     )  # fmt: skip

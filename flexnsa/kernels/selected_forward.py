@@ -3,30 +3,34 @@
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexnsa.kernels.blocks import Blocks
+from flexnsa.kernels.blocks import Blocks, locate_blocks
 from flexnsa.kernels.configs import Tile, forward_plan, padded, shared_memory
-from flexnsa.kernels.inversion import Inversion, invert_selection
+from flexnsa.kernels.inversion import invert_selection
+from flexnsa.kernels.launch import ceil_div
 from flexnsa.kernels.selected_pairs import merge_pairs, pair_attention
 from flexnsa.kernels.selected_tiles import query_attention, tile_attention
 from flexnsa.kernels.sharing import Sharing, share_selection
-from flexnsa.kernels.spans import PARTIAL_BYTES, Span, spans
+from flexnsa.kernels.spans import PARTIAL_BYTES, spans
 
 _ROWS_PER_ITEM = 1024
 _MERGE_ROWS = 16
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, select_block: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [b, hq, tq, dv] and LSE [b, hq, tq] of selected attention; q, k and v have any strides."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, position: Tensor, start: Tensor, low: Tensor | None,
+    out: Tensor, lse: Tensor, select_block: int, scale: float,
+) -> None:  # fmt: skip
+    """Write output [b, hq, tq, dv] and LSE [b, hq, tq], contiguous, of selected attention.
+
+    q, k and v have any strides. ``scale`` is not negative: the kernels look for the highest product.
+    """
     (batch, hq, tq, d), (_, hk, _, dv) = q.shape, v.shape
-    if scale < 0:  # the kernels look for the highest product, which is then the lowest
-        q, scale = -q, -scale
-    out, lse = q.new_empty(batch, hq, tq, dv), q.new_empty(batch, hq, tq, dtype=torch.float32)
     plan = forward_plan(q.element_size(), d, dv, select_block, hq // hk, shared_memory(q.device))
-    sharing = share_selection(blocks.base, plan.queries, plan.least, plan.worth, slots=False)
+    blocks = locate_blocks(indices, position, start, k.shape[2], select_block, ranks=not plan.by_query, low=low)
+    sharing = share_selection(blocks.base, plan.queries, plan.least, plan.worth, slots=False, rest=not plan.by_query)
     shape: dict[str, Any] = {
         "G": hq // hk,
         "D": d,
@@ -35,30 +39,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, select_block: int, s
         "DV_PAD": padded(dv),
         "SELECT": select_block,
     }
-    shape["PRECISION"] = precision(q)
+    shape |= {"PRECISION": precision(q), "MASKED": blocks.masked}
     strides = (*q.stride(), *k.stride(), *v.stride())
-    row_tiles = triton.cdiv(plan.queries * (hq // hk), plan.shared.rows)
-    tile_attention[(triton.cdiv(tq, plan.queries), batch * hk, row_tiles)](
-        q, k, v, blocks.seen, sharing.base, sharing.members, sharing.common, out, lse, *strides,
+    row_tiles = ceil_div(plan.queries * (hq // hk), plan.shared.rows)
+    tile_attention[(ceil_div(tq, plan.queries), batch * hk, row_tiles)](
+        q, k, v, blocks.seen, blocks.low, sharing.base, sharing.members, sharing.common, out, lse, *strides,
         hk, tq, sharing.base.shape[-1], scale, **shape, **_tile(plan.shared, select_block), QUERIES=plan.queries,
         BY_QUERY=plan.by_query, OFFSET=block_offset_type(select_block, k, v),
     )  # fmt: skip
     if plan.by_query:
-        query_attention[(tq, batch * hk, triton.cdiv(hq // hk, plan.rest.rows))](
-            q, k, v, blocks.seen, blocks.base, sharing.common, out, lse, *strides,
+        query_attention[(tq, batch * hk, ceil_div(hq // hk, plan.rest.rows))](
+            q, k, v, blocks.seen, blocks.low, blocks.base, sharing.common, out, lse, *strides,
             hk, tq, sharing.common.shape[-1], scale, QUERIES=plan.queries, N=blocks.base.shape[-1],
             OFFSET=block_offset_type(select_block, k, v), **shape, **_tile(plan.rest, select_block),
         )  # fmt: skip
     else:
         _attend_pairs(q, k, v, blocks, sharing, scale, shape, plan.rest, out, lse)
-    return out, lse
 
 
 def _tile(tile: Tile, select_block: int) -> dict[str, int]:
     return {
         "ROWS": tile.rows,
         "KEYS": tile.keys,
-        "SUBS": triton.cdiv(select_block, tile.keys),
+        "SUBS": ceil_div(select_block, tile.keys),
         "STAGES": tile.stages,
         "num_warps": tile.warps,
     }
@@ -71,23 +74,22 @@ def _attend_pairs(
     """Add the remaining blocks of each query to ``out`` and ``lse``, block by block."""
     (lanes, tq, n), hk, (tk, dv), group = sharing.rest.shape, k.shape[1], v.shape[2:], shape["G"]
     options = _tile(tile, shape["SELECT"])
-    parts, split = options["SUBS"], triton.cdiv(_ROWS_PER_ITEM, group)
+    parts, split = options["SUBS"], ceil_div(_ROWS_PER_ITEM, group)
     pair_bytes = parts * group * (dv * q.element_size() + 4)
     for span in spans(lanes, tq, n, pair_bytes, max(PARTIAL_BYTES // 4, PARTIAL_BYTES - 3 * sharing.rest.nbytes)):
-        inversion = invert_span(sharing.rest, blocks.rank, span, tk, shape["SELECT"], split)
+        found = invert_selection(sharing.rest, blocks.rank, span, tk, shape["SELECT"], split)
+        bins, items = found.first_pair.shape[-1] - 1, found.item_bin.shape[-1]
         part = q.new_empty(span.at_once, span.queries * n * parts * group, dv)
         part_lse = lse.new_empty(part.shape[:-1])
         for lane, count, chunk in span.steps():
-            found = inversion.of_lanes(lane, count)
-            bins, items = found.first_pair.shape[-1] - 1, found.item_bin.shape[-1]
             place = (span.lane + lane, span.query + chunk * span.queries, span.queries)
             pair_attention[(items, count, parts)](
-                q, k, v, sharing.rest, blocks.seen, *found[:4], part, part_lse,
+                q, k, v, sharing.rest, *blocks[1:4], *found[:4], part, part_lse,
                 *q.stride(), *k.stride(), *v.stride(),
-                *place, chunk, span.chunks, hk, tq, bins, items, split, scale,
+                *place, lane * span.chunks + chunk, span.chunks, hk, tq, bins, items, split, scale,
                 **shape, **options, N=n, OFFSET=offset_type(group, q),
             )  # fmt: skip
-            merge_pairs[(triton.cdiv(span.queries * group, _MERGE_ROWS), count)](
+            merge_pairs[(ceil_div(span.queries * group, _MERGE_ROWS), count)](
                 part, part_lse, sharing.rest_count, out, lse, *place, tq,
                 N=n, G=group, DV=dv, DV_PAD=shape["DV_PAD"], SUBS=parts, ROWS=_MERGE_ROWS,
             )  # fmt: skip
@@ -96,13 +98,6 @@ def _attend_pairs(
 def precision(x: Tensor) -> str:
     """How matrix products of ``x`` are taken: float32 must not be rounded to TensorFloat-32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
-def invert_span(base: Tensor, rank: Tensor, span: Span, num_keys: int, select_block: int, split: int) -> Inversion:
-    """The inversion of one span's selection."""
-    lanes = slice(span.lane, span.lane + span.lanes)
-    place = (span.query, num_keys, select_block, span.queries, span.chunks)
-    return invert_selection(base[lanes], rank[lanes], *place, split)
 
 
 def offset_type(group: int, *tensors: Tensor) -> tl.dtype:

@@ -7,6 +7,8 @@ order of its list. A block is read once for all its queries, where a program per
 import triton
 import triton.language as tl
 
+from flexnsa.kernels.launch import Kernel
+
 _SIZES = ["lane0", "query0", "queries", "chunk", "chunks", "tq", "bins", "items", "split"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -24,24 +26,25 @@ def item_range(item, segment, first_pair, first_item, item_bin, bins, items, spl
 
 
 @triton.jit
-def item_keys(pairs, begin, end, base, seen, N: tl.constexpr, SELECT: tl.constexpr):
+def item_keys(pairs, begin, end, base, reach, N: tl.constexpr, SELECT: tl.constexpr):
     """(first token, limit) of an item's block: no query of the item sees a key at or past the limit."""
     first = tl.load(base + tl.load(pairs + begin))
-    # Queries ascend within an item, hence the last one sees the most; what it does not see may be another document.
-    last = tl.load(seen + tl.load(pairs + end - 1) // N)
+    # Queries ascend within an item, hence the last one reaches furthest; what lies past that may be another document.
+    last = tl.load(reach + tl.load(pairs + end - 1) // N)
     return first, tl.minimum(first + SELECT, last + 1)
 
 
+@Kernel
 @triton.jit(do_not_specialize=_SIZES)
 def pair_attention(
-    q, k, v, base, seen, pairs, first_pair, first_item, item_bin, part, part_lse,
+    q, k, v, base, seen, low, reach, pairs, first_pair, first_item, item_bin, part, part_lse,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     lane0, query0, queries, chunk, chunks, hk, tq, bins, items, split, scale,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SELECT: tl.constexpr, SUBS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, OFFSET: tl.constexpr,
+    STAGES: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Partial output and base-2 LSE of each pair of one item. Grid: (items, lanes, parts of a block)."""
     local_lane = tl.program_id(1).to(tl.int64)
@@ -54,7 +57,8 @@ def pair_attention(
     pairs += segment * (queries * N)
     base += (lane * tq + query0) * N
     seen += lane * tq + query0
-    token, limit = item_keys(pairs, begin, end, base, seen, N, SELECT)
+    low += lane * tq + query0
+    token, limit = item_keys(pairs, begin, end, base, reach + lane * tq + query0, N, SELECT)
     offset = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
     key = token.to(tl.int64) + offset
     dim, value_dim = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
@@ -91,6 +95,9 @@ def pair_attention(
         )
         scores = tl.dot(q_tile, k_tile, input_precision=PRECISION) * (scale * LOG2E)
         scores = tl.where(offset[None, :] <= last[:, None], scores, float("-inf"))
+        if MASKED:
+            hidden = tl.load(low + query) - token
+            scores = tl.where(offset[None, :] >= hidden[:, None], scores, float("-inf"))
         top = tl.max(scores, axis=1)
         top = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp2(scores - top[:, None])
@@ -108,6 +115,7 @@ def pair_attention(
         )
 
 
+@Kernel
 @triton.jit(do_not_specialize=["lane0", "query0", "queries", "tq"])
 def merge_pairs(
     part, part_lse, rest_count, out, lse,
@@ -146,6 +154,8 @@ def merge_pairs(
         top = higher
     some = total > 0
     total = tl.where(some, total, 1.0)
+    # Several threads have read each of these numbers, and need not all be here yet.
+    tl.debug_barrier()
     tl.store(lse + place, tl.where(some, (top + tl.log2(total)) * LN2, float("-inf")), mask=row_mask)
     merged *= (1.0 / total)[:, None]
     tl.store(out_at, merged.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask)

@@ -3,17 +3,21 @@
 import triton
 import triton.language as tl
 
+from flexnsa.kernels.launch import Kernel
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def visit(
-    q_tile, k, v, k_at, v_at, base, last, top, total, out, limit, stride_kt, stride_vt, scale_log2,
+    q_tile, k, v, k_at, v_at, base, first, last, top, total, out, limit, stride_kt, stride_vt, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax: row r sees keys base .. base + last[r] - 1, none at or past ``limit``.
+
+    With MASKED it sees none before ``first[r]``.
 
     ``k_at`` [D_PAD, KEYS] and ``v_at`` [KEYS, DV_PAD] are the places of keys and values from the first on; ``top`` is
     the highest product so far, unscaled.
@@ -27,6 +31,8 @@ def visit(
     v_tile = tl.load(v + v_at, mask=inside[:, None] & (value_dim < DV)[None, :], other=0.0)
     scores = tl.dot(q_tile, k_tile, input_precision=PRECISION)
     scores = tl.where(offset[None, :] < last[:, None], scores, float("-inf"))
+    if MASKED:
+        scores = tl.where(base + offset[None, :] >= first[:, None], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
     anchor = tl.where(higher == float("-inf"), 0.0, higher) * scale_log2
     weights = tl.exp2(scores * scale_log2 - anchor[:, None])
@@ -36,16 +42,17 @@ def visit(
     return higher, total, out
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tq", "most"])
 def tile_attention(
-    q, k, v, seen, base, members, count, out, lse,
+    q, k, v, seen, low, base, members, count, out, lse,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     hk, tq, most, scale,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SELECT: tl.constexpr, SUBS: tl.constexpr, QUERIES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, OFFSET: tl.constexpr, BY_QUERY: tl.constexpr,
+    STAGES: tl.constexpr, OFFSET: tl.constexpr, BY_QUERY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Output and LSE over the common blocks of a tile. Grid: (tiles, lanes, row tiles).
 
@@ -68,6 +75,7 @@ def tile_attention(
         q + q_at[:, None] + dim[None, :] * stride_qd, mask=row_mask[:, None] & (dim < D)[None, :], other=0.0
     )
     last_seen = tl.load(seen + lane * tq + query, mask=row_mask, other=-1)
+    first_seen = tl.load(low + lane * tq + query, mask=row_mask, other=0) if MASKED else last_seen
     limit = tl.max(last_seen, axis=0) + 1
     k += batch * stride_kb + head * stride_kh
     v += batch * stride_vb + head * stride_vh
@@ -85,8 +93,8 @@ def tile_attention(
         end = tl.minimum(last_seen + 1, first + SELECT)
         last = tl.where((bits >> member) & 1 != 0, end - part, 0)
         top, total, acc = visit(
-            q_tile, k, v, k_at, v_at, part, last, top, total, acc, tl.minimum(limit, first + SELECT),
-            stride_kt, stride_vt, scale_log2, D, DV, KEYS, D_PAD, DV_PAD, PRECISION,
+            q_tile, k, v, k_at, v_at, part, first_seen, last, top, total, acc, tl.minimum(limit, first + SELECT),
+            stride_kt, stride_vt, scale_log2, D, DV, KEYS, D_PAD, DV_PAD, PRECISION, MASKED,
         )  # fmt: skip
     some = total > 0
     total = tl.where(some, total, 1.0)
@@ -97,16 +105,17 @@ def tile_attention(
     tl.store(out + place[:, None] * DV + value_dim[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tq", "tiles"])
 def query_attention(
-    q, k, v, seen, base, count, out, lse,
+    q, k, v, seen, low, base, count, out, lse,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     hk, tq, tiles, scale,
     QUERIES: tl.constexpr, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SELECT: tl.constexpr,
     SUBS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Output and LSE of a query whose tile shares nothing. Grid: (queries, lanes, head tiles)."""
     query, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -123,6 +132,7 @@ def query_attention(
         other=0.0,
     )
     limit = tl.load(seen + lane * tq + query) + 1
+    first_seen = tl.zeros([ROWS], tl.int32) + (tl.load(low + lane * tq + query) if MASKED else 0)
     k += batch * stride_kb + head * stride_kh
     v += batch * stride_vb + head * stride_vh
     base += (lane * tq + query) * N
@@ -142,8 +152,8 @@ def query_attention(
         end = tl.where(first < 0, first, tl.minimum(first + SELECT, limit))
         last = tl.zeros([ROWS], tl.int32) + (end - part)
         top, total, acc = visit(
-            q_tile, k, v, k_at, v_at, part, last, top, total, acc, end,
-            stride_kt, stride_vt, scale_log2, D, DV, KEYS, D_PAD, DV_PAD, PRECISION,
+            q_tile, k, v, k_at, v_at, part, first_seen, last, top, total, acc, end,
+            stride_kt, stride_vt, scale_log2, D, DV, KEYS, D_PAD, DV_PAD, PRECISION, MASKED,
         )  # fmt: skip
     some = total > 0
     total = tl.where(some, total, 1.0)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexnsa.kernels.launch import Kernel, ceil_div, next_power
+
 
 class Sharing(NamedTuple):
     """The common blocks of each tile and the remaining blocks of each query.
@@ -19,11 +21,12 @@ class Sharing(NamedTuple):
     Attributes:
         base: int32 ``[lanes, tiles, most]``, first token of each common block, in the order of their first choosers.
         members: int32 ``[lanes, tiles, most]``, bit r set where the tile's query r chose it.
-        slots: int64 ``[lanes, tiles, most]``, byte r its place in the list of query r, 255 for none; empty unless asked
-            for, which takes 8 queries at most.
+        slots: int64 ``[lanes, tiles, most]``, byte r its place in the list of query r, 255 for none.
         common: int32 ``[lanes, tiles]``, number of common blocks.
         rest: int32 ``[lanes, tq, n]``, first tokens of each query's other blocks, left-packed, padded with -1.
         rest_count: int32 ``[lanes, tq]``, number of those.
+
+    What nobody asked for is empty: ``slots``, or ``members``; and what is about the rest.
     """
 
     base: Tensor
@@ -34,31 +37,34 @@ class Sharing(NamedTuple):
     rest_count: Tensor
 
 
-def share_selection(base: Tensor, queries: int, least: int, worth: float, *, slots: bool) -> Sharing:
+def share_selection(base: Tensor, queries: int, least: int, worth: float, *, slots: bool, rest: bool) -> Sharing:
     """Divide a selection into what ``least`` or more of each ``queries`` adjacent queries chose, and the rest.
 
-    ``base`` int32 [lanes, tq, n] holds first tokens, -1 for none; ``queries`` is at most 32. A tile whose common blocks
-    number more than ``worth`` times the choices that they stand for shares nothing.
+    ``base`` int32 [lanes, tq, n] holds first tokens, -1 for none; ``queries`` is at most 32, at most 8 with ``slots``.
+    A tile whose common blocks number more than ``worth`` times the choices that they stand for shares nothing.
     """
     lanes, tq, n = base.shape
-    tiles = triton.cdiv(tq, queries)
+    tiles = ceil_div(tq, queries)
     most = max(1, queries * n // least)
-    common, members = (base.new_empty(lanes, tiles, most) for _ in range(2))
-    places = torch.empty_like(common if slots else common[..., :0], dtype=torch.int64)
-    count, rest, rest_count = base.new_empty(lanes, tiles), torch.empty_like(base), base.new_empty(lanes, tq)
+    common, count, nothing = base.new_empty(lanes, tiles, most), base.new_empty(lanes, tiles), base.new_empty(0)
+    members = nothing if slots else torch.empty_like(common)
+    places = base.new_empty(lanes, tiles, most, dtype=torch.int64) if slots else nothing
+    left, left_count = (torch.empty_like(base), base.new_empty(lanes, tq)) if rest else (nothing, nothing)
     _divide[(tiles, lanes)](
-        base, common, members, places, count, rest, rest_count, tq, most, worth,
-        N=n, N_PAD=triton.next_power_of_2(n), LEAST=least,
-        QUERIES=queries, QUERIES_PAD=triton.next_power_of_2(queries), SLOTS=slots, num_warps=1,
+        base, common, members, places, count, left, left_count, tq, most, worth,
+        N=n, N_PAD=next_power(n), LEAST=least,
+        QUERIES=queries, QUERIES_PAD=next_power(queries), SLOTS=slots, REST=rest,
+        num_warps=1,
     )  # fmt: skip
-    return Sharing(common, members, places, count, rest, rest_count)
+    return Sharing(common, members, places, count, left, left_count)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tq", "most"])
 def _divide(
     base, common, members, slots, count, rest, rest_count, tq, most, worth,
     N: tl.constexpr, N_PAD: tl.constexpr, LEAST: tl.constexpr, QUERIES: tl.constexpr, QUERIES_PAD: tl.constexpr,
-    SLOTS: tl.constexpr,
+    SLOTS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     tile, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tile_at = lane * tl.num_programs(0) + tile
@@ -92,10 +98,13 @@ def _divide(
     # A list that names a block twice could overflow; what does not fit is left to the query.
     leads = leads & (place < most)
     tl.store(common + tile_at * most + place, mine, mask=leads)
-    tl.store(members + tile_at * most + place, bits, mask=leads)
+    tl.store(count + tile_at, tl.minimum(tl.sum(leads.to(tl.int32), axis=0), most))
     if SLOTS:
         tl.store(slots + tile_at * most + place, places, mask=leads)
-    tl.store(count + tile_at, tl.minimum(tl.sum(leads.to(tl.int32), axis=0), most))
+    else:
+        tl.store(members + tile_at * most + place, bits, mask=leads)
+    if not REST:
+        return
     left = tl.reshape((taken & (number < least)).to(tl.int32), [QUERIES_PAD, N_PAD])
     place = tl.cumsum(left, axis=1) - left
     total = tl.sum(left, axis=1)

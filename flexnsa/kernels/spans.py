@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import triton
+from flexnsa.kernels.launch import ceil_div
 
 PARTIAL_BYTES = 416 << 20
 """Bytes that results of pairs may take, together with the larger of the tables held beside them."""
+
+TABLE_BYTES = 224 << 20
+"""Bytes of tables about the selection: what a call holds at once beside results of pairs and sums."""
 
 _SORTED_PAIRS = 4 << 20
 
@@ -37,6 +40,15 @@ class Span(NamedTuple):
                 yield lane, min(self.at_once, self.lanes - lane), chunk
 
 
+def lane_groups(batch: int, heads: int, lane_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Batch elements and KV heads whose tables, ``lane_bytes`` each, are held at once, in ``TABLE_BYTES``."""
+    most = max(1, TABLE_BYTES // lane_bytes)
+    rows, columns = max(1, most // heads), min(heads, most)
+    for row in range(0, batch, rows):
+        for column in range(0, heads, columns):
+            yield slice(row, row + rows), slice(column, column + columns)
+
+
 def spans(lanes: int, tq: int, n: int, pair_bytes: int, most_bytes: int) -> Iterator[Span]:
     """Cover ``lanes`` x ``tq`` queries of ``n`` pairs each, ``pair_bytes`` of results a pair,
     of which ``most_bytes`` are held at once.
@@ -45,8 +57,8 @@ def spans(lanes: int, tq: int, n: int, pair_bytes: int, most_bytes: int) -> Iter
     times it is read.
     """
     most = max(16, most_bytes // (n * pair_bytes))
-    chunks = triton.cdiv(tq, most)
-    queries = triton.cdiv(tq, chunks)
+    chunks = ceil_div(tq, most)
+    queries = ceil_div(tq, chunks)
     at_once = max(1, min(lanes, most // queries))
     chunks_sorted = max(1, min(chunks, _SORTED_PAIRS // (at_once * queries * n)))
     lanes_sorted = max(at_once, min(lanes, _SORTED_PAIRS // (chunks_sorted * queries * n)) // at_once * at_once)

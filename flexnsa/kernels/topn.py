@@ -5,11 +5,47 @@ exponentials, hence non-negative, and non-negative floats order as their bit pat
 a threshold finds the n-th largest without sorting, and a prefix sum over the chosen gives each its slot, ids ascending.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from flexnsa.kernels.launch import Kernel, next_power
+
+
+class Table(NamedTuple):
+    """Where each query stands and what it sees, int64 [b or 1, tq] with unit stride along tq.
+
+    Attributes:
+        position: absolute position, -1 for padding.
+        start: first token of the query's document.
+        offset: first compressed token of that document.
+        low: first token that the query may see, None for `start`.
+        high: last token that it may see, None for `position`.
+    """
+
+    position: torch.Tensor
+    start: torch.Tensor
+    offset: torch.Tensor
+    low: torch.Tensor | None
+    high: torch.Tensor | None
+
+    @property
+    def masked(self) -> bool:
+        """Whether kernels read `low` and `high`."""
+        return self.low is not None
+
+    @property
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        """What kernels are given; they do not read what stands in for None."""
+        return tuple(self.position if column is None else column for column in self)
+
+    @property
+    def strides(self) -> list[int]:
+        """From one row to the next, of each column."""
+        return [0 if column.shape[0] == 1 else column.stride(0) for column in self.columns]
+
 
 NOTHING = tl.constexpr(0x7FFFFFFF)  # a threshold that no score reaches
 NAN = tl.constexpr(-1)
@@ -21,6 +57,12 @@ def visible_count(local, compress_block: tl.constexpr, compress_stride: tl.const
     """Compressed tokens that end at or before a position counted from its document's start (negative: none)."""
     count = (local - compress_block + 1) // compress_stride + 1
     return tl.where(local >= compress_block - 1, count, 0)
+
+
+@triton.jit
+def hidden_count(local, compress_stride: tl.constexpr):
+    """Compressed tokens that begin before a token counted from its document's start (negative: none)."""
+    return tl.maximum((local + compress_stride - 1) // compress_stride, 0)
 
 
 @triton.jit
@@ -44,15 +86,20 @@ def _count_bits(words):
 
 
 @triton.jit
-def _keep(scores, current, touched, wanted, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr,
-          S: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """[ROWS, S / 32] words whose bits are the `wanted` best blocks that are not forced."""
+def _keep(
+    scores, lowest, highest, own, touched, wanted, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, S / 32] words whose bits are the `wanted` best candidates that are not forced."""
     block = tl.arange(0, S)[None, :]
-    # Whole groups of 16 are read, so that loads are wide; what lies past `touched` is replaced.
-    score = tl.load(scores + block, mask=block < (touched + 15) // 16 * 16, other=0.0)
-    keys = tl.where(score == score, score.to(tl.int32, bitcast=True), NAN)
+    keys = tl.where(scores == scores, scores.to(tl.int32, bitcast=True), NAN)
     keys = tl.where(block < touched, keys, 0)
-    keys = tl.where((block >= NUM_INITIAL) & (block <= current - NUM_LOCAL), keys, OUTSIDE)
+    if MASKED:
+        free = (block >= tl.maximum(lowest, NUM_INITIAL)) & (block <= highest)
+        free = free & ((block <= own - NUM_LOCAL) | (block > own))
+    else:
+        free = (block >= NUM_INITIAL) & (block <= highest - NUM_LOCAL)
+    keys = tl.where(free, keys, OUTSIDE)
 
     # Each of N >= n columns has its maximum at or above the least of these maxima, so at least n keys are.
     low = tl.min(tl.max(tl.reshape(keys, [ROWS, S // N, N]), axis=1), axis=1, keep_dims=True)
@@ -84,41 +131,59 @@ def _below(count, first):
 
 
 @triton.jit
-def _choose(
-    scores, slots, current, touched, NUM_SELECTED: tl.constexpr, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr,
-    S: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Write the chosen blocks of ROWS rows, all of them below S, to `slots`; the other arguments are [ROWS, 1]."""
-    initial = tl.minimum(current + 1, NUM_INITIAL)
-    before_local = tl.maximum(current + 1 - NUM_LOCAL, initial)
-    wanted = NUM_SELECTED - initial - (current + 1 - before_local)
-    words = _keep(scores, current, touched, wanted, NUM_INITIAL, NUM_LOCAL, S, N, ROWS)
+def load_scores(rows, touched, S: tl.constexpr):
+    """[ROWS, S] importances of the rows that begin at `rows` [ROWS, 1]; from block `touched` on they are anything."""
+    block = tl.arange(0, S)[None, :]
+    # Whole groups of 16 are read, so that loads are wide.
+    return tl.load(rows + block, mask=block < (touched + 15) // 16 * 16, other=0.0)
 
+
+@triton.jit
+def choose_among(
+    scores, slots, lowest, highest, own, touched, NUM_SELECTED: tl.constexpr, NUM_INITIAL: tl.constexpr,
+    NUM_LOCAL: tl.constexpr, S: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Write the chosen of the candidates `lowest .. highest` of ROWS rows, all of them below S, to `slots`.
+
+    `scores` are [ROWS, S] and count as 0 from block `touched` on. The other arguments are [ROWS, 1]; `own` is the
+    block that the query stands in. Without MASKED, `lowest` is 0 and `highest` is `own`.
+    """
     first = tl.arange(0, S // 32)[None, :] * 32
-    own = _below(current + 1, first)
-    words |= own & (_below(initial, first) | ~_below(before_local, first))
+    forced = _below(highest + 1, first)
+    if MASKED:
+        local = _below(own + 1, first) & ~_below(tl.maximum(own + 1 - NUM_LOCAL, 0), first)
+        forced = forced & ~_below(lowest, first) & (_below(NUM_INITIAL, first) | local)
+        wanted = NUM_SELECTED - tl.sum(_count_bits(forced).to(tl.int32), axis=1, keep_dims=True)
+    else:
+        initial = tl.minimum(highest + 1, NUM_INITIAL)
+        before_local = tl.maximum(highest + 1 - NUM_LOCAL, initial)
+        forced = forced & (_below(initial, first) | ~_below(before_local, first))
+        wanted = NUM_SELECTED - initial - (highest + 1 - before_local)
+    words = forced | _keep(scores, lowest, highest, own, touched, wanted, NUM_INITIAL, NUM_LOCAL, S, N, ROWS, MASKED)
     bits = _count_bits(words).to(tl.int32)
     total = tl.sum(bits, axis=1, keep_dims=True)
     slot = slots + (tl.cumsum(bits, axis=1) - bits)
     while tl.max(words) > 0:
-        lowest = words & (~words + 1)
+        bit = words & (~words + 1)
         # The exponent of a power of two is its bit's number.
-        number = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        number = (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         tl.store(slot, first + number, mask=words > 0)
         slot += 1
-        words ^= lowest
+        words ^= bit
     free = tl.arange(0, N)[None, :]
-    unused = (free >= total) & (free < NUM_SELECTED) & (current > -2)
+    unused = (free >= total) & (free < NUM_SELECTED) & (highest > -2)
     tl.store(slots + free, tl.full([ROWS, N], -1, tl.int32), mask=unused)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["first_tile", "rows", "heads", "tq", "num_blocks", "num_tokens"])
 def _top_blocks(
-    importance, position, start, offset, indices, first_tile, rows, heads, tq, num_blocks, pitch, num_tokens,
-    position_row, start_row, offset_row,
+    importance, position, start, offset, low, high, indices,
+    first_tile, rows, heads, tq, num_blocks, pitch, num_tokens,
+    position_row, start_row, offset_row, low_row, high_row,
     COMPRESS_BLOCK: tl.constexpr, COMPRESS_STRIDE: tl.constexpr, SELECT_BLOCK: tl.constexpr,
     NUM_SELECTED: tl.constexpr, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     bh, query_tile = split_tile(first_tile + tl.program_id(0) * ROWS // R, rows, tq, R)
@@ -126,26 +191,38 @@ def _top_blocks(
     is_query = query < tq
     batch = (bh // heads).to(tl.int64)
     at = tl.load(position + batch * position_row + query, mask=is_query, other=-1)
-    local = at - tl.load(start + batch * start_row + query, mask=is_query, other=0)
-    # -1: a padding query, which has no candidates; -2: no query at all, and nothing is written.
-    current = tl.where((at >= 0) & (local >= 0), tl.minimum(local // SELECT_BLOCK, num_blocks - 1), -1)
-    current = tl.where(is_query, current, -2).to(tl.int32)
-    count = visible_count(local, COMPRESS_BLOCK, COMPRESS_STRIDE)
+    origin = tl.load(start + batch * start_row + query, mask=is_query, other=0)
+    last = at
+    seeing = at >= origin
+    if MASKED:
+        first = tl.load(low + batch * low_row + query, mask=is_query, other=0)
+        last = tl.load(high + batch * high_row + query, mask=is_query, other=-1)
+        seeing = (at >= 0) & (first <= last) & (last >= origin)
+    # -1: a query that sees nothing, which has no candidates; -2: no query at all, and nothing is written.
+    highest = tl.where(seeing & (at >= 0), tl.minimum((last - origin) // SELECT_BLOCK, num_blocks - 1), -1)
+    highest = tl.where(is_query, highest, -2).to(tl.int32)
+    count = visible_count(last - origin, COMPRESS_BLOCK, COMPRESS_STRIDE)
     count = tl.minimum(count, num_tokens - tl.load(offset + batch * offset_row + query, mask=is_query, other=0))
     touched = touched_blocks(count, SELECT_BLOCK // COMPRESS_STRIDE, COMPRESS_BLOCK // COMPRESS_STRIDE)
-    touched = tl.minimum(touched, current + 1).to(tl.int32)
+    touched = tl.minimum(touched, highest + 1).to(tl.int32)
+    lowest, own = 0, highest
+    if MASKED:
+        lowest = tl.minimum(tl.maximum(first - origin, 0) // SELECT_BLOCK, num_blocks).to(tl.int32)
+        own = tl.minimum(tl.maximum(at - origin, 0) // SELECT_BLOCK, num_blocks - 1).to(tl.int32)
 
     scores = importance + row.to(tl.int64) * pitch
     slots = indices + (bh.to(tl.int64) * tq + query) * NUM_SELECTED
-    if S >= 512 and tl.max(current) < S // 2:
-        _choose(scores, slots, current, touched, NUM_SELECTED, NUM_INITIAL, NUM_LOCAL, S // 2, N, ROWS)
+    if S >= 512 and tl.max(highest) < S // 2:
+        choose_among(load_scores(scores, touched, S // 2), slots, lowest, highest, own, touched,
+                     NUM_SELECTED, NUM_INITIAL, NUM_LOCAL, S // 2, N, ROWS, MASKED)  # fmt: skip
     else:
-        _choose(scores, slots, current, touched, NUM_SELECTED, NUM_INITIAL, NUM_LOCAL, S, N, ROWS)
+        choose_among(load_scores(scores, touched, S), slots, lowest, highest, own, touched,
+                     NUM_SELECTED, NUM_INITIAL, NUM_LOCAL, S, N, ROWS, MASKED)  # fmt: skip
 
 
 def top_blocks(
     importance: torch.Tensor,
-    table: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    table: Table,
     indices: torch.Tensor,
     tiles: range,
     queries_per_tile: int,
@@ -156,16 +233,15 @@ def top_blocks(
     """Write `indices` int32 [b, hk, tq, n] for the queries of `tiles`.
 
     `importance` float32 [tiles * queries_per_tile, at least s], in the order of `split_tile`: only blocks that share a
-    token with a visible compressed token are used, the others score zero. `table` is (position, start, offset), each
-    int64 [b or 1, tq]; `num_blocks` is s, `num_tokens` the compressed tokens, c; `geometry` NSAConfig's, in capitals.
+    token with a visible compressed token are used, the others score zero. `num_blocks` is s, `num_tokens` the
+    compressed tokens, c; `geometry` NSAConfig's, in capitals.
     """
     batch, heads, tq, num_selected = indices.shape
-    slots = max(16, triton.next_power_of_2(num_selected))
-    size = max(slots, 32, triton.next_power_of_2(num_blocks))
+    slots = max(16, next_power(num_selected))
+    size = max(slots, 32, next_power(num_blocks))
     rows = min(queries_per_tile, max(1, 512 // size))
-    row_strides = [0 if column.shape[0] == 1 else column.stride(0) for column in table]
     _top_blocks[(len(tiles) * queries_per_tile // rows,)](
-        importance, *table, indices, tiles.start, batch * heads, heads, tq, num_blocks, importance.stride(0),
-        num_tokens, *row_strides, NUM_SELECTED=num_selected, R=queries_per_tile, S=size, N=slots, ROWS=rows,
-        num_warps=max(1, min(32, size // 1024)), **geometry,
+        importance, *table.columns, indices, tiles.start, batch * heads, heads, tq, num_blocks, importance.stride(0),
+        num_tokens, *table.strides, NUM_SELECTED=num_selected, R=queries_per_tile, S=size, N=slots, ROWS=rows,
+        MASKED=table.masked, num_warps=max(1, min(32, size // 1024)), **geometry,
     )  # fmt: skip

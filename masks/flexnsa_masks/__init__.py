@@ -9,7 +9,8 @@ carry their tile geometry besides, from which `block_mask` builds a BlockMask wi
   `neighborhood`, and `global_tokens`; `GALLERY` lists them, as does `python -m flexnsa_masks`.
 - A pattern as numbers and as a picture: `density`, `tile_density`, `draw`.
 - Masks from masks: `and_masks`, `or_masks`, `at_positions`; the BlockMask: `block_mask`.
-- A pattern of your own: `with_tiles`, `Grid`, `Tiles`, `interval_tiles`, `tiles_of`.
+- A pattern of your own: `with_tiles`, `Grid`, `Tiles`, `interval_tiles`, `tiles_of`; `with_interval`,
+  `interval_of` for patterns in which each query sees one run of keys.
 - Score mods: `alibi`, `soft_cap`, `compose_score_mods`.
 """
 
@@ -26,6 +27,7 @@ from flexnsa_masks.draw import draw
 from flexnsa_masks.gallery import GALLERY, Entry
 from flexnsa_masks.geometry import Grid, MaskMod, TileGeometry, Tiles, interval_tiles, tiles_of, with_tiles
 from flexnsa_masks.global_tokens import global_tokens
+from flexnsa_masks.intervals import Interval, interval_of, with_interval
 from flexnsa_masks.key_range import key_range
 from flexnsa_masks.longformer import longformer
 from flexnsa_masks.moa import moa
@@ -45,6 +47,7 @@ __all__ = [
     "GALLERY",
     "Entry",
     "Grid",
+    "Interval",
     "MaskMod",
     "ScoreMod",
     "TileGeometry",
@@ -62,6 +65,7 @@ __all__ = [
     "document",
     "draw",
     "global_tokens",
+    "interval_of",
     "interval_tiles",
     "key_range",
     "longformer",
@@ -78,5 +82,6 @@ __all__ = [
     "streaming_llm",
     "tile_density",
     "tiles_of",
+    "with_interval",
     "with_tiles",
 ]

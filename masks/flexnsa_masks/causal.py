@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flexnsa_masks.geometry import Grid, MaskMod, Tiles, interval_tiles, with_tiles
+from flexnsa_masks.intervals import with_interval
 
 
 def causal() -> MaskMod:
@@ -25,4 +26,4 @@ def causal() -> MaskMod:
         begin = torch.zeros_like(query[0])
         return interval_tiles(grid, (begin, begin), query)
 
-    return with_tiles(mask_mod, tiles, "causal")
+    return with_interval(with_tiles(mask_mod, tiles, "causal"), last=lambda b, q_idx: q_idx)

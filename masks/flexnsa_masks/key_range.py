@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexnsa_masks import geometry
 from flexnsa_masks.geometry import FAR, Grid, MaskMod, Tiles, tile_bounds
+from flexnsa_masks.memory import in_memory
 
 
 def key_range(first: Tensor, last: Tensor, *, group: int = 1) -> MaskMod:
@@ -31,7 +32,7 @@ def key_range(first: Tensor, last: Tensor, *, group: int = 1) -> MaskMod:
     [[[[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]]]]
     """
     _check(first, last, group)
-    first, last = (table.contiguous() for table in torch.broadcast_tensors(first, last))
+    first, last = (in_memory(table.contiguous()) for table in torch.broadcast_tensors(first, last))
     shared = first.shape[0] == 1
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexnsa_masks.geometry import Grid, MaskMod, Tiles, at_least, interval_tiles, table_row, with_tiles
+from flexnsa_masks.intervals import with_interval
 
 
 def prefix(n: int | Tensor) -> MaskMod:
@@ -37,7 +38,8 @@ def _fixed(n: int) -> MaskMod:
         begin = torch.zeros_like(grid.queries()[0])
         return interval_tiles(grid, (begin, begin), (begin + n - 1, begin + n - 1))
 
-    return with_tiles(mask_mod, tiles, f"prefix_{n}")
+    named = with_tiles(mask_mod, tiles, f"prefix_{n}")
+    return with_interval(named, last=lambda b, q_idx: torch.full_like(q_idx, n - 1))
 
 
 def _ragged(n: Tensor) -> MaskMod:
@@ -54,4 +56,5 @@ def _ragged(n: Tensor) -> MaskMod:
         begin = torch.zeros_like(last)
         return interval_tiles(grid, (begin, begin), (last, last))
 
-    return with_tiles(mask_mod, tiles, "prefix")
+    named = with_tiles(mask_mod, tiles, "prefix")
+    return with_interval(named, last=lambda b, q_idx: n[table_row(b, shared)].to(torch.int64) - 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexnsa_masks.geometry import Grid, MaskMod, Tiles, at_least, table_row, unknown_tiles, with_tiles
+from flexnsa_masks.memory import in_memory
 
 WORD = 32
 
@@ -39,6 +40,7 @@ def selected(
     """
     _check(indices, start, select_block=select_block, num_blocks=num_blocks, group=group)
     words = block_bits(indices, num_blocks)
+    start = None if start is None else in_memory(start)
     # A tensor and not an int: a mask mod that closes over a length is compiled anew for every length.
     last_block = torch.full((), num_blocks - 1, dtype=torch.int64, device=indices.device)
     shared, one_head = indices.shape[0] == 1, indices.shape[1] == 1
@@ -76,7 +78,7 @@ def block_bits(indices: Tensor, num_blocks: int) -> Tensor:
     # Shifted in 64 bits: narrowing wraps bit 31 to the sign, where shifting an int32 into its sign need not.
     bit = torch.where(listed, torch.ones_like(block) << (block % WORD), 0).to(torch.int32)
     words = torch.zeros(*indices.shape[:3], -(-num_blocks // WORD), dtype=torch.int32, device=indices.device)
-    return words.scatter_add_(-1, torch.where(listed, block // WORD, 0), bit)
+    return in_memory(words.scatter_add_(-1, torch.where(listed, block // WORD, 0), bit))
 
 
 def _union(grid: Grid, first: Tensor, listed: Tensor, select_block: int, group: int, *, aligned: bool) -> Tensor:

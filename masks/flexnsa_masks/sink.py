@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexnsa_masks.geometry import Grid, MaskMod, Tiles, at_least, interval_tiles, with_tiles
+from flexnsa_masks.intervals import with_interval
 
 
 def sink(n: int) -> MaskMod:
@@ -31,4 +32,4 @@ def sink(n: int) -> MaskMod:
         begin = torch.zeros_like(first)
         return interval_tiles(grid, (begin, begin), (first.clamp(max=n - 1), last.clamp(max=n - 1)))
 
-    return with_tiles(mask_mod, tiles, f"sink_{n}")
+    return with_interval(with_tiles(mask_mod, tiles, f"sink_{n}"), last=lambda b, q_idx: q_idx.clamp(max=n - 1))

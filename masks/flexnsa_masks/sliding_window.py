@@ -8,6 +8,7 @@ Definition: query q sees key k iff `q - window < k <= q`: exactly `window` keys,
 from torch import Tensor
 
 from flexnsa_masks.geometry import Grid, MaskMod, Tiles, at_least, interval_tiles, with_tiles
+from flexnsa_masks.intervals import with_interval
 
 
 def sliding_window(window: int) -> MaskMod:
@@ -29,4 +30,5 @@ def sliding_window(window: int) -> MaskMod:
         first, last = grid.queries()
         return interval_tiles(grid, (first - window + 1, last - window + 1), (first, last))
 
-    return with_tiles(mask_mod, tiles, f"sliding_window_{window}")
+    named = with_tiles(mask_mod, tiles, f"sliding_window_{window}")
+    return with_interval(named, last=lambda b, q_idx: q_idx, first=lambda b, q_idx: q_idx - window + 1)

@@ -76,7 +76,7 @@ def flexnsa_mask(
     if mask_function is causal_mask_function:
         return Visibility(documents, positions, None, local_size)
     # Conditions that all hold, and none of them the user's own, are causality, packing and a sliding window.
-    if mask_function.__qualname__ == and_masks().__qualname__ and not kwargs.get("use_vmap"):
+    if mask_function.__code__ is and_masks().__code__ and not kwargs.get("use_vmap"):
         packed = _packed(mask_function, batch_size, q_length, device) if positions is None else None
         return Visibility(packed if documents is None else documents, positions, None, local_size)
     mask_mod = add_offsets_to_mask_function(mask_function, kv_offset, kv_offset)

@@ -1,4 +1,4 @@
-"""Several processes train one model: parameters sharded by FSDP2, each batch's rows shared out, sums where they meet.
+"""Several processes of one run: parameters sharded by FSDP2, a batch's rows shared out, sums where they meet.
 
 One process is the case of one rank: nothing is sharded and nothing is sent.
 """
@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import pad
 
-from bench.learn.model import Transformer
-from bench.learn.task import IGNORED, Batch
 from flexnsa.integrations.distributed.agreement import check_alike
 
 PATIENCE = timedelta(minutes=5)
@@ -55,21 +53,16 @@ class Ranks:
         if self.mesh is not None:
             check_alike("the run", facts, self.mesh)
 
-    def shard(self, model: Transformer) -> None:
-        """Shard each block, and the rest. Whole parameters are freed after the backward only: the model is small."""
+    def shard(self, *modules: nn.Module) -> None:
+        """Shard each in turn, inner ones first. Whole parameters are freed after the backward only: they are few."""
         if self.mesh is not None:
-            for module in (*model.blocks, model):
+            for module in modules:
                 fully_shard(module, mesh=self.mesh, reshard_after_forward=False)
 
-    def share(self, batch: Batch) -> Batch:
-        """This rank's rows; as many on each, the last filled up with rows in which nothing is asked."""
-        missing = -len(batch.inputs) % self.count
-
-        def part(x: Tensor, filler: int = 0) -> Tensor:
-            return pad(x, (0, 0, 0, missing), value=filler).chunk(self.count)[self.rank]
-
-        documents = None if batch.documents is None else part(batch.documents)
-        return Batch(part(batch.inputs), part(batch.labels, IGNORED), documents)
+    def rows(self, x: Tensor, filler: int = 0) -> Tensor:
+        """This rank's rows of ``x [b, t]``; as many on each rank, the last filled up with rows of ``filler``."""
+        missing = -len(x) % self.count
+        return pad(x, (0, 0, 0, missing), value=filler).chunk(self.count)[self.rank]
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over the ranks."""

@@ -1,0 +1,53 @@
+"""The tables of what flash-attn-4 gains, from bench/results/flash."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parents[2] / "bench/results/flash/h200.json"
+WITH, WITHOUT, DENSE = "flexnsa-flash-eager", "flexnsa-triton-eager", "cudnn"
+
+
+def result() -> Mapping[str, Any]:
+    """The run on record."""
+    return json.loads(RESULT.read_text())
+
+
+def where() -> str:
+    """The device and the versions, in a sentence."""
+    found = result()
+    return f"{found['device']}, torch {found['torch']}, flash-attn-4 {found['flash-attn-4']}, {found['date']}."
+
+
+def table() -> str:
+    """Each branch and the whole with and without FLASH, beside dense attention where that was timed."""
+    rows = {(row["stage"], row["tokens"], row["engine"]): row for row in result()["rows"]}
+    lines = [
+        "| | tokens | FLASH: ms forward / backward | without | gain | FLASH x cuDNN | without |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (stage, tokens, engine), row in rows.items():
+        if engine != WITH:
+            continue
+        other, dense = rows[stage, tokens, WITHOUT], rows["whole", tokens, DENSE]
+        against = [_ratios(dense, x) if stage == "whole" else "" for x in (row, other)]
+        times = [f"{x['forward_ms']:.2f} / {x['backward_ms']:.2f}" for x in (row, other)]
+        cells = (stage, f"{tokens:,}", *times, _ratios(other, row), *against)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """What the whole takes at its peak, with and without FLASH, in a sentence."""
+    rows = [row for row in result()["rows"] if row["stage"] == "whole" and row["engine"] != DENSE]
+    peaks = {(row["tokens"], row["engine"]): row["peak_gib"] for row in rows}
+    lengths = dict.fromkeys(tokens for tokens, _ in peaks)
+    return "; ".join(f"{peaks[t, WITH]:.1f} GiB against {peaks[t, WITHOUT]:.1f} at {t:,} tokens" for t in lengths) + "."
+
+
+def _ratios(slow: Mapping[str, float], fast: Mapping[str, float]) -> str:
+    return " / ".join(f"{slow[key] / fast[key]:.2f}" for key in ("forward_ms", "backward_ms"))
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"flash": table, "flash where": where, "flash memory": memory}
