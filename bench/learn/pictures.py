@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from bench.learn.look import BRANCHES, Query
 from bench.learn.progress import Progress
@@ -36,7 +37,8 @@ def draw_losses(path: Path, progress: Mapping[str, Progress], unit: str) -> None
         edges, means = by_position(twin.position_bits)
         place.plot(edges, means, "o-", ms=3, color=colour, label=name)
     lowest = min(twin.bits for twin in progress.values())
-    curve.set(xlabel="training tokens", ylabel=unit, title="validation (points), training (pale)")
+    over_tokens(curve)
+    curve.set(ylabel=unit, title="validation (points), training (pale)")
     curve.set_ylim(lowest - 0.1, lowest + 2.5)
     place.set(xlabel="position in the context", ylabel=unit, title="validation at the end, by position")
     place.set_xscale("log", base=2)
@@ -44,6 +46,12 @@ def draw_losses(path: Path, progress: Mapping[str, Progress], unit: str) -> None
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=DPI)
+
+
+def over_tokens(axes: Axes) -> None:
+    """What the horizontal axis counts, in thousands or millions."""
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(EngFormatter())
 
 
 def smoothed(values: Sequence[float], decay: float = 0.97) -> list[float]:
@@ -125,7 +133,8 @@ def paint_gates(grid: Sequence[Axes], insights: Sequence[Insight]) -> None:
             heads = stacked[:, layer, :, branch]
             axes.plot(tokens, heads.mean(1), color=COLOURS[name], label=name)
             axes.fill_between(tokens, heads.min(1), heads.max(1), color=COLOURS[name], alpha=0.15, lw=0)
-        axes.set(title=f"layer {layer + 1}", xlabel="training tokens", ylim=(0, 1))
+        over_tokens(axes)
+        axes.set(title=f"layer {layer + 1}", ylim=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("gate (mean; band: heads)")
     grid[0].legend(frameon=False, fontsize=8)
@@ -150,7 +159,8 @@ def paint_gradients(axes: Axes, insights: Sequence[Insight]) -> None:
         found = [[layer.get(name, 0.0) for layer in insight.get("gradients", ())] for insight in insights]
         axes.plot(tokens, [sum(x * x for x in norms) ** 0.5 for norms in found], color=COLOURS[name], label=name)
     axes.set_yscale("log")
-    axes.set(xlabel="training tokens", ylabel="gradient norm of the branch's parameters")
+    over_tokens(axes)
+    axes.set_ylabel("gradient norm of the branch's parameters")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 

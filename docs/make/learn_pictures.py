@@ -6,7 +6,7 @@ from learn_runs import by_attention, curve, rows, runs, seconds_at
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.learn.pictures import paint_distances, paint_gates, paint_gradients, paint_grid
+from bench.learn.pictures import over_tokens, paint_distances, paint_gates, paint_gradients, paint_grid
 
 COLOURS = {
     "full": "#4a7bb5",
@@ -29,7 +29,8 @@ def mqar() -> Figure:
             for number, (_, row) in enumerate(seeds):
                 seen, accuracy = zip(*row["accuracy"], strict=True)
                 axes.plot(seen, accuracy, color=COLOURS[name], lw=1.2, label=name if number == 0 else None)
-        _finish(axes, "training tokens", "accuracy" if tokens == 512 else "")
+        _finish(axes, "", "accuracy" if tokens == 512 else "")
+        over_tokens(axes)
         axes.set(title=f"{tokens:,} tokens", ylim=(0, 1.02))
     lines = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     names = [name for name in COLOURS if name in lines]
@@ -50,19 +51,20 @@ def passkey() -> Figure:
 def text() -> Figure:
     """Validation over tokens and over seconds, and by position in the context."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    over_tokens, over_time, places = figure.subplots(1, 3)
+    curves, over_time, places = figure.subplots(1, 3)
     for name, seeds in by_attention(runs("text-seed")).items():
         for number, (_, row) in enumerate(seeds):
             style = {"color": COLOURS[name], "lw": 1.2, "label": name if number == 0 else None}
             tokens, bits = zip(*curve(row), strict=True)
-            over_tokens.plot(tokens, bits, "o-", ms=2, **style)
+            curves.plot(tokens, bits, "o-", ms=2, **style)
             over_time.plot([seconds_at(row, seen) for seen in tokens], bits, "o-", ms=2, **style)
             places.plot(*zip(*row["by_position"], strict=True), "o-", ms=2, **style)
-    _finish(over_tokens, "training tokens", "validation, bits a byte")
+    _finish(curves, "", "validation, bits a byte")
+    over_tokens(curves)
     _finish(over_time, "seconds of training", "")
     _finish(places, "position in the context", "")
     places.set_xscale("log", base=2)
-    over_tokens.legend(frameon=False, fontsize=8)
+    curves.legend(frameon=False, fontsize=8)
     return figure
 
 
