@@ -80,21 +80,25 @@ def counters() -> str:
         return ""
     found, rows = _result("ncu-h200"), []
     for row in found["rows"]:
-        waits = ", ".join(f"{name} {cycles:.1f}" for name, cycles in row["stalls_cycles_per_instruction"].items())
-        numbers = ["" if row[name] is None else f"{row[name]:g}" for name in COUNTERS]
-        rows.append([f"`{row['kernel']}`", REGIMES[row["regime"]], *numbers, waits])
-    head = ["kernel", "selections", *COUNTERS.values(), "waits, cycles an instruction"]
-    table = _table(head, rows, numbers=len(COUNTERS), last=1)
-    return f"One launch of each under the profiler, in percent of the chip's rates:\n\n{table}{_where(found)}"
+        # An instruction that is selected is issued: nothing waits.
+        stalls = {name: x for name, x in row["stalls_cycles_per_instruction"].items() if name != "selected"}
+        numbers = ["" if row[name] is None else f"{row[name]:.0f}" for name in COUNTERS]
+        waits = "<br>".join(f"{name.replace('_', ' ')} {cycles:.1f}" for name, cycles in stalls.items())
+        rows.append([f"`{row['kernel']}`", REGIMES[row["regime"]], f"{row['duration_us'] / 1e3:.2f}", *numbers, waits])
+    head = ["kernel", "selections", "ms", *COUNTERS.values(), "stalls"]
+    table = _table(head, rows, numbers=1 + len(COUNTERS), last=1)
+    return (
+        "One launch of each under the profiler: busy parts of the chip in percent, warps on a multiprocessor, and the "
+        f"cycles that an instruction waits, for what:\n\n{table}{_where(found)}"
+    )
 
 
 COUNTERS = {
-    "duration_us": "us",
     "l2_percent": "L2",
     "dram_percent": "memory",
-    "tensor_percent": "matrix units",
-    "issue_active_percent": "issue slots",
-    "warps_active": "warps a multiprocessor",
+    "tensor_percent": "matrix",
+    "issue_active_percent": "issue",
+    "warps_active": "warps",
 }
 TIMES = {
     "forward_ms": "forward, ms (of dense)",
