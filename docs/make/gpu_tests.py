@@ -11,8 +11,13 @@ def table() -> str:
     found = json.loads(RESULT.read_text())
     rows = ["| run | passed | failed | not reached | |", "|---|--:|--:|--:|---|"]
     rows += [
-        f"| `{row['tests']}` | {row['passed']} | {row['failed']} | {row['not_reached']} | {row.get('note', '')} |"
+        f"| {_lines(row['tests'])} | {row['passed']} | {row['failed']} | {row['not_reached']} | {row.get('note', '')} |"
         for row in found["rows"]
     ]
     where = f"{found['device']}, torch {found['torch']}, triton {found['triton']}, {found['date']}"
     return "\n".join(rows) + f"\n\n{where}, commit {found['commit']}."
+
+
+def _lines(tests: str) -> str:
+    """A file on each line, since a column is no wider than its longest word."""
+    return "<br>".join(f"`{word.removeprefix('tests/')}`" for word in tests.split())
