@@ -1,16 +1,15 @@
 """The table of a decoding step's time, from what ``python -m bench decode`` recorded."""
 
-import json
-from pathlib import Path
+import recorded
 
 from bench.decode import report
 
-RESULT = Path(__file__).parents[2] / "bench/results/decode/h200.json"
+RESULT = "decode/h200"
 
 
 def table() -> str:
     """A row for each case: microseconds, and how much faster than dense; then what a prompt in chunks costs."""
-    rows = json.loads(RESULT.read_text())["rows"]
+    rows = recorded.result(RESULT)["rows"]
     return f"{report.table(rows)}\n{_chunks(rows)}"
 
 
@@ -28,5 +27,4 @@ def _chunks(rows: list[report.Row]) -> str:
 
 def where() -> str:
     """The device, the versions and the date, in a sentence."""
-    found = json.loads(RESULT.read_text())
-    return f"{found['device']}, torch {found['torch']}, triton {found['triton']}, {found['date'][:10]}."
+    return f"{recorded.where(recorded.result(RESULT))}."

@@ -1,14 +1,11 @@
 """The table of one layer over two GPUs, from what ``python -m bench distributed`` recorded."""
 
-import json
-from pathlib import Path
-
-RESULT = Path(__file__).parents[2] / "bench/results/distributed/h200-x2.json"
+import recorded
 
 
 def table() -> str:
     """A row for each way to spread the layer, and where it was measured."""
-    found = json.loads(RESULT.read_text())
+    found = recorded.result("distributed/h200-x2")
     rows = ["| way | GPUs | forward, ms | with backward, ms | times one GPU | GiB a GPU |", "|---|--:|--:|--:|--:|--:|"]
     rows += [
         f"| `{row['way']}` | {row['gpus']} | {row['forward_ms']:.1f} | {row['forward_backward_ms']:.1f} "
@@ -18,5 +15,5 @@ def table() -> str:
     row = found["rows"][0]
     return "\n".join(rows) + (
         f"\n\n{row['tokens']:,} tokens, a layer {row['dim']:,} wide, {row['case']}, {found['dtype']}; "
-        f"{found['gpus']} x {found['device']}, torch {found['torch']}, triton {found['triton']}, {found['date'][:10]}."
+        f"{found['gpus']} x {recorded.where(found)}."
     )

@@ -1,17 +1,16 @@
 """The tables of what flash-attn-4 gains, from bench/results/flash."""
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parents[2] / "bench/results/flash/h200.json"
+import recorded
+
 WITH, WITHOUT, DENSE = "flexnsa-flash-eager", "flexnsa-triton-eager", "cudnn"
 
 
 def result() -> Mapping[str, Any]:
     """The run on record."""
-    return json.loads(RESULT.read_text())
+    return recorded.result("flash/h200")
 
 
 def where() -> str:

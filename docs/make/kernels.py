@@ -1,11 +1,10 @@
 """The tables of the page on kernels, from the files in bench/results/kernels."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[2] / "bench/results/kernels"
+import recorded
+
 REGIMES = {"random": "independent", "alike": "neighbours alike"}
 MARK = " (chosen)"
 
@@ -76,8 +75,6 @@ def designs(direction: str) -> str:
 
 def counters() -> str:
     """What the profiler saw of one launch of each kernel: which part of the chip is busy, and what warps wait for."""
-    if not (RESULTS / "ncu-h200.json").exists():
-        return ""
     found, rows = _result("ncu-h200"), []
     for row in found["rows"]:
         # An instruction that is selected is issued: nothing waits.
@@ -117,7 +114,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 def _result(name: str) -> Mapping[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return recorded.result(f"kernels/{name}")
 
 
 def _pass(time: str) -> str:
@@ -140,6 +137,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int, 
 
 def _where(found: Mapping[str, Any]) -> str:
     commit = f", commit {found['commit']}" if found.get("commit") else ""
-    versions = f"torch {found['torch']}, triton {found['triton']}"
     told = [part for part in found["note"].split("; ") if "_ms" not in part]  # names of columns, told on the page
-    return f"\n\n{found['device']}, {versions}, {found['date'][:10]}{commit}; {'; '.join(told)}."
+    return f"\n\n{recorded.where(found)}{commit}; {'; '.join(told)}."

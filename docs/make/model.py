@@ -1,16 +1,12 @@
 """The table of training steps of a whole model, from what ``python -m bench model`` recorded."""
 
-import json
-from pathlib import Path
+import recorded
 
 from bench.model import report
-
-RESULT = Path(__file__).parents[2] / "bench/results/model/h200.json"
 
 
 def table() -> str:
     """A row for each attention, and where it was measured."""
-    found = json.loads(RESULT.read_text())
-    where = f"{found['device']}, torch {found['torch']}, triton {found['triton']}, {found['date'][:10]}"
+    found = recorded.result("model/h200")
     note = f" Note: {found['note']}." if "note" in found else ""
-    return f"{report.table(found['rows'])}\n\n{where}.{note}"
+    return f"{report.table(found['rows'])}\n\n{recorded.where(found)}.{note}"

@@ -1,16 +1,14 @@
 """The tables and pictures of the page on speed, from the files in bench/results/speed."""
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+import recorded
 from matplotlib.figure import Figure
 
 from bench.speed import report
 from bench.speed.pictures import draw_ratios, draw_stages, draw_times
 
-RESULTS = Path(__file__).parents[2] / "bench/results/speed"
 DEVICES = ("h200",)
 ROWS = (draw_times, draw_ratios, draw_stages)
 MISSING = "\n\nNot in this run: "
@@ -18,7 +16,7 @@ MISSING = "\n\nNot in this run: "
 
 def result(device: str) -> Mapping[str, Any]:
     """What was measured on a device."""
-    return json.loads((RESULTS / f"{device}.json").read_text())
+    return recorded.result(f"speed/{device}")
 
 
 def where(device: str) -> str:
