@@ -1,4 +1,7 @@
-"""What every rank checks: sharded layers equal the same layer in one process. Run by test_distributed.py."""
+"""What every rank checks: sharded layers equal the same layer in one process. Run by test_distributed.py.
+
+On the default device, which is a CPU with gloo or a GPU of the rank's own with NCCL.
+"""
 
 import copy
 import sys
@@ -51,11 +54,17 @@ def build(config: NSAConfig = CONFIG, **options) -> NativeSparseAttention:
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randn(shape, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
+    return here(drawn)
+
+
+def here(x: Tensor) -> Tensor:
+    """On this rank's device."""
+    return x.to(torch.get_default_device())
 
 
 def mesh_of(**sizes: int) -> DeviceMesh:
-    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return init_device_mesh(torch.get_default_device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def everyone(name: str) -> DeviceMesh:
@@ -76,6 +85,7 @@ class Case:
     """A layer in one process, its input, and what one backward of ``mean(out * weight)`` leaves behind."""
 
     def __init__(self, config: NSAConfig = CONFIG, batch: int = 2, tokens: int = TOKENS, options=EVERYTHING, **call):
+        call = {name: here(x) if isinstance(x, Tensor) else x for name, x in call.items()}
         self.layer, self.call = build(config, **options), call
         self.x, self.weight = normal(batch, tokens, 12), normal(batch, tokens, 12, seed=2)
         self.out, self.dx = backward(self.layer, self.x, self.weight, **call)
@@ -116,7 +126,7 @@ def rows(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def fsdp() -> None:
     case, mesh = Case(documents=PACKED), everyone("dp")
     layer = fully_shard(case.fresh(), mesh=mesh)
-    out, dx = backward(layer, *(rows(x, mesh) for x in (case.x, case.weight)), documents=rows(PACKED, mesh))
+    out, dx = backward(layer, *(rows(x, mesh) for x in (case.x, case.weight)), documents=rows(here(PACKED), mesh))
     assert_equal({"out": out, "dx": dx / mesh.size()}, {"out": rows(case.out, mesh), "dx": rows(case.dx, mesh)})
     assert_equal(gradients(layer), case.grads)
 
@@ -221,7 +231,7 @@ def context_parallel_under_checkpointing() -> None:
     layer = parallelize_module(case.fresh(), mesh, ContextParallel())
     part = partial(shard_sequence, mesh=mesh)
     again = partial(checkpoint, layer, use_reentrant=False)
-    out, dx = backward(again, part(case.x), part(case.weight) / mesh.size(), documents=PACKED)
+    out, dx = backward(again, part(case.x), part(case.weight) / mesh.size(), **case.call)
     assert_equal({"out": out, "dx": dx}, {"out": part(case.out), "dx": part(case.dx)})
     assert_equal(summed(gradients(layer), mesh), case.grads)
 
@@ -247,7 +257,7 @@ def fsdp_with_tensor_parallel(dp: int, tp: int) -> None:
     layer = parallelize_module(case.fresh(), mesh["tp"], KVGroupParallel())
     layer = fully_shard(layer, mesh=mesh["dp"])
     part = partial(rows, mesh=mesh["dp"])
-    out, dx = backward(layer, part(case.x), part(case.weight), documents=part(PACKED))
+    out, dx = backward(layer, part(case.x), part(case.weight), documents=part(here(PACKED)))
     assert_equal({"out": out, "dx": dx / dp}, {"out": part(case.out), "dx": part(case.dx)})
     assert_equal(gradients(layer), case.grads)
 
@@ -258,7 +268,7 @@ def fsdp_with_context_parallel(dp: int, cp: int) -> None:
     layer = parallelize_module(case.fresh(), mesh["cp"], ContextParallel())
     layer = fully_shard(layer, mesh=mesh._flatten("dp_cp"))
     x, weight = (shard_sequence(rows(x, mesh["dp"]), mesh["cp"]) for x in (case.x, case.weight))
-    out, dx = backward(layer, x, weight, documents=rows(PACKED, mesh["dp"]))
+    out, dx = backward(layer, x, weight, documents=rows(here(PACKED), mesh["dp"]))
     expected = {"out": case.out, "dx": case.dx * dp * cp}
     assert_equal(
         {"out": out, "dx": dx},
@@ -303,7 +313,7 @@ def made_without_memory() -> None:
             options = {} if compressor is None else {"compressor": compressor(CONFIG, **SIZES)}
             layer = NativeSparseAttention(dim=12, num_heads=8, config=CONFIG, **SIZES, **options)
         layer = parallelize_module(layer, mesh["tp"], KVGroupParallel())
-        layer = fully_shard(layer, mesh=mesh["dp"]).to_empty(device="cpu")
+        layer = fully_shard(layer, mesh=mesh["dp"]).to_empty(device=torch.get_default_device())
         for parameter in layer.parameters():
             nn.init.constant_(parameter, torch.nan)
         for module in layer.modules():

@@ -1,4 +1,4 @@
-"""Processes joined by gloo, each of which runs the same checks and writes how each of them ended.
+"""Processes joined by gloo, or by NCCL with a GPU each, that run the same checks and write how each of them ended.
 
 One Python process imports everything and is forked into the ranks: on a busy machine imports take most of the time.
 """
@@ -26,11 +26,13 @@ Outcomes = dict[str, list[str]]
 """How each check ended on each rank, by its name."""
 
 
-def run_on_ranks(script: Path, names: Mapping[int, Sequence[str]], folder: Path, seconds: float) -> dict[int, Outcomes]:
+def run_on_ranks(
+    script: Path, names: Mapping[int, Sequence[str]], folder: Path, seconds: float, device: str = "cpu"
+) -> dict[int, Outcomes]:
     """By number of ranks how each of the named checks of `script` ended; all are killed after `seconds`."""
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(
-        [sys.executable, script, folder, json.dumps(names)], env=os.environ | settings, start_new_session=True
+        [sys.executable, script, folder, json.dumps(names), device], env=os.environ | settings, start_new_session=True
     )
     try:
         process.wait(seconds)
@@ -54,16 +56,25 @@ def main(checks: Mapping[int, Mapping[str, Callable[[], None]]], arguments: Sequ
         folder = Path(arguments[0]) / count
         folder.mkdir()
         chosen = {name: checks[int(count)][name] for name in names}
-        ranks = [fork.Process(target=_be_a_rank, args=(rank, int(count), folder, chosen)) for rank in range(int(count))]
+        ranks = [
+            fork.Process(target=_be_a_rank, args=(rank, int(count), folder, chosen, arguments[2]))
+            for rank in range(int(count))
+        ]
         for rank in ranks:
             rank.start()
         for rank in ranks:
             rank.join()
 
 
-def _be_a_rank(rank: int, count: int, folder: Path, checks: Mapping[str, Callable[[], None]]) -> None:
+def _be_a_rank(rank: int, count: int, folder: Path, checks: Mapping[str, Callable[[], None]], device: str) -> None:
     """Join the others and run the checks, up to the first that fails: after it the ranks may be out of step."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=PATIENCE)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(torch.device("cuda", rank))
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=PATIENCE
+    )
     outcomes: dict[str, str] = {}
     for name, check in checks.items():
         try:

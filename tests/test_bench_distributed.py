@@ -45,7 +45,7 @@ def test_every_way_is_measured_and_agrees_with_one_gpu(alone: Ranks, tmp_path: P
     for row in result["rows"]:
         assert row["tokens"] == 32 and row["case"] == "4q-2kv-8" and row["gpus"] == 1
         assert row["forward_ms"] > 0 and row["forward_backward_ms"] > 0
-        assert row["difference"] < 1e-5 and row["peak_gib"] is None
+        assert row["difference"] < 1e-5 and row["gradient_difference"] < 1e-5 and row["peak_gib"] is None
     assert "speed_up_forward_backward" not in result["rows"][0]
     assert all(row["speed_up_forward_backward"] > 0 for row in result["rows"][1:])
     assert len(said) == len(WAYS) and all(way in line for way, line in zip(WAYS, said, strict=True))

@@ -1,4 +1,4 @@
-"""Sharded layers equal one process, on gloo: ranks are started once and run every check of distributed_checks.py."""
+"""Sharded layers equal one process: ranks are started once and run every check of distributed_checks.py."""
 
 import inspect
 from pathlib import Path
@@ -39,6 +39,22 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ranks.Outcom
 def test_every_rank_agrees_with_one_process(outcomes: dict[int, ranks.Outcomes], count: int, check: str):
     for rank, outcome in enumerate(outcomes[count][check]):
         assert outcome == ranks.PASSED, f"rank {rank}: {outcome}"
+
+
+@pytest.fixture(scope="module")
+def outcomes_on_gpus(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ranks.Outcomes]:
+    names = {count: list(checks) for count, checks in CHECKS.items() if count <= torch.cuda.device_count()}
+    return ranks.run_on_ranks(SCRIPT, names, tmp_path_factory.mktemp("gpus"), seconds=400, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", CHECKS)
+def test_every_gpu_agrees_with_one(outcomes_on_gpus: dict[int, ranks.Outcomes], count: int):
+    """The same checks over NCCL, outputs and gradients in float64."""
+    if count > torch.cuda.device_count():
+        pytest.skip(f"needs {count} GPUs")
+    for check, found in outcomes_on_gpus[count].items():
+        assert found == [ranks.PASSED] * count, f"{check}: {found}"
 
 
 def test_a_check_that_fails_on_one_rank_fails_on_all_and_ends_the_run(outcomes: dict[int, ranks.Outcomes]):

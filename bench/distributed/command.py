@@ -21,8 +21,8 @@ with torchrun, one process a GPU:
     torchrun --nproc-per-node 2 -m bench distributed --tokens 131072
 
 Writes one JSON file with a row for each way: medians of the slowest rank, the speed-up over one GPU, the peak memory of
-each GPU beyond parameters and input, and how far the output is from one GPU's. Parameter gradients are summed over
-ranks in context-fsdp alone."""
+each GPU beyond parameters and input, and how far output and input gradient are from one GPU's. Parameter gradients are
+summed over ranks in context-fsdp alone."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -78,7 +78,7 @@ class Run:
     runs: int = 5
     say: Callable[[str], None] = print
     rows: list[Row] = field(default_factory=list)
-    alone: Tensor | None = None
+    alone: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
         """Measure every way; what the JSON file holds."""
@@ -108,8 +108,12 @@ class Run:
         row |= {"way": way, "gpus": 1 if way == "one" else self.ranks.count, "tokens": shape.tokens, "dim": shape.dim}
         row |= self._times("forward", lambda: call(x)) | self._times("forward_backward", step)
         row["peak_gib"] = self._peak(step)
+        step()
         layer.zero_grad(set_to_none=True)
-        return row | self._compared(way, call, x, part) | self._speed_up(row)
+        assert x.grad is not None
+        with torch.no_grad():
+            found = {"difference": call(x), "gradient_difference": x.grad}
+        return row | self._compared(way, found, part) | self._speed_up(row)
 
     def _layer(self) -> NativeSparseAttention:
         shape = self.shape
@@ -164,18 +168,17 @@ class Run:
         dist.all_gather(every, peak)
         return [x.item() for x in every]
 
-    @torch.no_grad()
-    def _compared(self, way: str, call: Callable[[Tensor], Tensor], x: Tensor, part: Callable[[Tensor], Tensor]) -> Row:
-        """Norm of the output's difference from one GPU's, relative to that output's norm."""
-        out = call(x)
+    def _compared(self, way: str, found: dict[str, Tensor], part: Callable[[Tensor], Tensor]) -> Row:
+        """Norms of the differences from one GPU's tensors, relative to those tensors' norms."""
         if way == "one":
-            self.alone = out
-        if self.alone is None:
-            return {}
-        expected = part(self.alone).float()
-        norms = torch.stack([(out.float() - expected).square().sum(), expected.square().sum()])
+            self.alone = found
+        return {name: self._relative(found[name], part(whole)) for name, whole in self.alone.items()}
+
+    def _relative(self, found: Tensor, expected: Tensor) -> float:
+        found, expected = found.float(), expected.float()
+        norms = torch.stack([(found - expected).square().sum(), expected.square().sum()])
         difference, size = self.ranks.total(norms).tolist()
-        return {"difference": (difference / size) ** 0.5}
+        return float((difference / size) ** 0.5)
 
     def _speed_up(self, row: Row) -> Row:
         one = next((other for other in self.rows if other["way"] == "one"), None)
