@@ -31,6 +31,8 @@ def run_on_ranks(
 ) -> dict[int, Outcomes]:
     """By number of ranks how each of the named checks of `script` ended; all are killed after `seconds`."""
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # Whoever asks CUDA itself whether there is a GPU cannot be forked into processes that use it.
+    settings["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     process = subprocess.Popen(
         [sys.executable, script, folder, json.dumps(names), device], env=os.environ | settings, start_new_session=True
     )

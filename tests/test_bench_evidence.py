@@ -277,7 +277,7 @@ def test_every_command_of_a_plan_parses(monkeypatch):
     assert len(seen) == len(entries)
     for plan in PLANS.values():
         names = [entry.name for entry in plan]
-        assert len(set(names)) == len(names) and {entry.after for entry in plan} <= {None, *names}
+        assert len(set(names)) == len(names)
     with pytest.raises(ValueError, match="--only"):
         chosen(CUDA, ["none such"])
 
@@ -362,8 +362,9 @@ def test_the_recorded_runs_bear_out_what_the_page_says_of_them(monkeypatch):
         assert nsa["seconds"] > full["seconds"]
 
 
-def test_a_broken_off_run_goes_on_with_the_same_losses(tmp_path, monkeypatch):
-    """To the last bit: nothing of it hangs on when it was stopped."""
+@pytest.mark.parametrize("lagging", (False, True), ids=("at once", "lagging"))
+def test_a_broken_off_run_goes_on_with_the_same_losses(tmp_path, monkeypatch, lagging):
+    """To the last bit: nothing of it hangs on when it was stopped, or on losses that are still on their way then."""
     options = ["learn", "--task", "mqar", "--preset", "tiny", "--tokens", "2560", "--attention", "nsa", "full", "--out"]
     main([*options, str(tmp_path / "whole")])
     learn = Twin.learn
@@ -371,7 +372,10 @@ def test_a_broken_off_run_goes_on_with_the_same_losses(tmp_path, monkeypatch):
     def interrupted(twin, batch, rate):
         if twin.attention == "full" and twin.progress.tokens == 5 * 256:
             signal.raise_signal(signal.SIGINT)
-        learn(twin, batch, rate)
+        with pytest.MonkeyPatch.context() as patch:
+            if lagging:  # as on a GPU, where learning does not wait for the step
+                patch.setattr(twin, "settle", lambda: None)
+            learn(twin, batch, rate)
 
     monkeypatch.setattr(Twin, "learn", interrupted)
     main([*options, str(tmp_path / "broken")])

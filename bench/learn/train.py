@@ -128,6 +128,12 @@ def train(
     deadline = time.monotonic() + 60 * settings.minutes
     interval = max(1, settings.steps // (settings.evaluations + 1))
     ranks, row = twins[0].ranks, settings.batch * settings.context
+
+    def keep(step: int) -> None:
+        for twin in twins:
+            twin.settle()  # what is still on its way would be missing from what is kept
+        save(step)
+
     with tqdm(
         total=settings.steps * row, initial=start * row, unit="tok", unit_scale=True, disable=not ranks.first
     ) as bar:
@@ -137,11 +143,11 @@ def train(
                 ("out of time", time.monotonic() > deadline),
             ):
                 if ranks.any(reached, twins[0].device):
-                    save(step)
+                    keep(step)
                     return status
             if step % interval == 0:
                 if step > start:
-                    save(step)
+                    keep(step)
                 evaluate(twins, task, settings, settings.validation_rows // 4)
                 bar.set_postfix({twin.attention: f"{twin.progress.bits:.3f}" for twin in twins})
                 after_evaluation()
