@@ -1,6 +1,7 @@
 """Processes joined by gloo, or by NCCL with a GPU each, that run the same checks and write how each of them ended.
 
-One Python process imports everything and is forked into the ranks: on a busy machine imports take most of the time.
+On CPUs one Python process imports everything and is forked into the ranks: on a busy machine imports take most of the
+time.
 """
 
 import json
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +33,6 @@ def run_on_ranks(
 ) -> dict[int, Outcomes]:
     """By number of ranks how each of the named checks of `script` ended; all are killed after `seconds`."""
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    # Whoever asks CUDA itself whether there is a GPU cannot be forked into processes that use it.
-    settings["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     process = subprocess.Popen(
         [sys.executable, script, folder, json.dumps(names), device], env=os.environ | settings, start_new_session=True
     )
@@ -53,19 +53,30 @@ def _outcomes(folder: Path, count: int, names: Sequence[str]) -> Outcomes:
 def main(checks: Mapping[int, Mapping[str, Callable[[], None]]], arguments: Sequence[str]) -> None:
     """What a script of checks does when it is run, with its checks by number of ranks and name."""
     torch.set_num_threads(1)
-    fork = multiprocessing.get_context("fork")
-    for count, names in json.loads(arguments[1]).items():
-        folder = Path(arguments[0]) / count
+    names = json.loads(arguments[1])
+    for count in map(int, names):
+        folder, device = Path(arguments[0]) / str(count), arguments[2]
+        chosen = {name: checks[count][name] for name in names[str(count)]}
+        if len(arguments) > 3:
+            if count == int(arguments[3]):
+                _be_a_rank(int(arguments[4]), count, folder, chosen, device)
+            continue
         folder.mkdir()
-        chosen = {name: checks[int(count)][name] for name in names}
-        ranks = [
-            fork.Process(target=_be_a_rank, args=(rank, int(count), folder, chosen, arguments[2]))
-            for rank in range(int(count))
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
+        start = _start_anew if device == "cuda" else _fork
+        ranks = [start(rank, count, folder, chosen, device) for rank in range(count)]
+        for wait in ranks:
+            wait()
+
+
+def _fork(*arguments: Any) -> Callable[[], object]:
+    rank = multiprocessing.get_context("fork").Process(target=_be_a_rank, args=arguments)
+    rank.start()
+    return rank.join
+
+
+def _start_anew(rank: int, count: int, *_: Any) -> Callable[[], object]:
+    """By this script: the threads that autograd starts for a GPU do not come along in a fork."""
+    return subprocess.Popen([sys.executable, *sys.argv, str(count), str(rank)]).wait
 
 
 def _be_a_rank(rank: int, count: int, folder: Path, checks: Mapping[str, Callable[[], None]], device: str) -> None:
