@@ -50,7 +50,7 @@ def build(config: NSAConfig = CONFIG, **options) -> NativeSparseAttention:
     layer = NativeSparseAttention(**{"dim": 12, "num_heads": 8, "config": config, **SIZES, **copy.deepcopy(options)})
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.4)
-    return layer.double()
+    return layer.to(torch.get_default_device(), torch.float64)
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
