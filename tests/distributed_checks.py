@@ -6,6 +6,7 @@ On the default device, which is a CPU with gloo or a GPU of the rank's own with 
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -22,7 +23,15 @@ from torch.utils.checkpoint import checkpoint
 
 import ranks
 from conftest import TOLERANCE, geometries, packed_rows
-from flexnsa import GatedPool, LinearCompressor, MeanPool, NativeSparseAttention, NSAConfig, documents_from_lengths
+from flexnsa import (
+    GatedPool,
+    LinearCompressor,
+    MeanPool,
+    NativeSparseAttention,
+    NSAConfig,
+    debug,
+    documents_from_lengths,
+)
 from flexnsa.integrations.distributed import (
     ContextParallel,
     KVGroupParallel,
@@ -399,6 +408,12 @@ def bad_sequences() -> None:
         with pytest.raises(ValueError, match=f"multiple of {parts} tokens, got 27.*documents=-1"):
             shard_sequence(normal(1, 27, 3), mesh, balanced=balanced)
     layer = parallelize_module(build(), mesh, ContextParallel())
+    on_cpu = torch.get_default_device().type == "cpu"
+    with nullcontext() if on_cpu else debug():  # on a GPU what ranks are given is compared for those who debug alone
+        bad_parts(layer, first)
+
+
+def bad_parts(layer: NativeSparseAttention, first: bool) -> None:
     with pytest.raises(ValueError, match=r"x: \(1, 4, 12\) on rank 0, \(1, 6, 12\) on rank 1"):
         layer(normal(1, 4 if first else 6, 12))
     with pytest.raises(ValueError, match=r"multiple of 4 tokens, got 6"):
