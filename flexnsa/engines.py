@@ -46,17 +46,17 @@ FLASH_INSTALLED = _flash_installed()
 MAX_HEAD_DIM = 256
 """Largest key or value dim of the Triton kernels."""
 
+MIN_FLEX_DIM = 16
+"""Smallest key and value dim that FlexAttention compiles for on CUDA."""
+
 MAX_SELECTED = 64
 """Most blocks that the Triton top-n selects."""
 
 FLASH_HEAD_DIMS = (64, 96, 128)
 """Head dims of FLASH's kernels whose tiles fit the block masks', forward and backward."""
 
-FLASH_NUMBERS = 2**27
-"""Numbers in q (64 heads of 128, 16,384 queries) from which on ``"auto"`` takes FLASH: the host launches it slowly."""
-
-FLASH_MENDED = torch.__version__ >= "2.13"
-"""Whether torch compiles FLASH beside other work and takes its LSE for a natural logarithm; before 2.13 neither."""
+FLASH_NUMBERS = 2**26
+"""Numbers in q (64 heads of 128, 8,192 queries) from which on ``"auto"`` takes FLASH: the host launches it slowly."""
 
 COMPILATIONS = 64
 """Variants (head counts and dims, dtypes, with or without gradients) that an eager process may compile of one function.
@@ -198,7 +198,7 @@ def _part(engine: Engine, stage: Stage, call: _Call, reason: str) -> tuple[Engin
     if engine == "flex" and stage == "selection":
         return "reference", f"{reason}; flex scores in plain torch, a chunk of queries at a time"
     if engine == "triton" and stage in STATIC:
-        part: Engine = "flex" if call.device == "cuda" else "reference"
+        part: Engine = "flex" if call.device == "cuda" and _flex_obstacle(call) is None else "reference"
         return part, f"{reason}; triton leaves static masks to {part}"
     if engine == "flash" and stage not in STATIC:
         return "triton", f"{reason}; flash leaves the selection and what reads it to triton"
@@ -265,15 +265,16 @@ def _flash_obstacle(call: _Call) -> str | None:
         return f"it takes one head dim for keys and values, one of {known}, got {got}"
     if call.mods or call.mask_mod is not None or not call.static:
         return "it takes no documents, positions, mask_mod or score_mod"
-    if torch.compiler.is_compiling() and not FLASH_MENDED:
-        return f"torch {torch.__version__} does not compile it beside other work, 2.13 does"
     return "it has no gradient of the LSE (lse_grad=True)" if call.lse_grad and call.differentiated else None
 
 
 def _flex_obstacle(call: _Call) -> str | None:
     device, dtype = call.device, call.dtype
     if device == "cuda":
-        return None if dtype != torch.float64 else "FlexAttention has no float64 kernel on CUDA"
+        if dtype == torch.float64:
+            return "FlexAttention has no float64 kernel on CUDA"
+        narrowest = min(x.shape[-1] for x in call.tensors)
+        return None if narrowest >= MIN_FLEX_DIM else f"it takes head dims from {MIN_FLEX_DIM} on CUDA, got {narrowest}"
     if device != "cpu":
         return f"FlexAttention runs on cuda and cpu, not on {device}"
     if call.differentiated:

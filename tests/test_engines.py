@@ -33,6 +33,13 @@ def test_auto_goes_on_to_the_next_engine_that_can():
     assert chosen(device="cpu") == 4 * ["reference"]
 
 
+def test_heads_too_narrow_for_flex_on_cuda_take_what_runs():
+    assert chosen(dim=8) == ["reference", "triton", "triton", "reference"]
+    assert chosen(dim=8, mods=True) == 4 * ["reference"]
+    with pytest.raises(NotImplementedError, match="head dims from 16 on CUDA, got 8"):
+        chosen(dim=8, impl="flex")
+
+
 def test_too_many_blocks_for_the_top_n_leave_the_other_stages_alone():
     assert chosen(num_selected=65) == ["flex", "reference", "triton", "flex"]
     with pytest.raises(NotImplementedError, match="up to 64 blocks, got num_selected=65"):
