@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexnsa import NSAConfig, PagedKV, Pages, engines, paged_append, paged_step
 from flexnsa.kernels import configs, decode, scoring, selected, selected_backward, selected_forward
@@ -75,10 +76,10 @@ def attend(c: Config) -> None:
 
 
 def step(c: Config) -> None:
-    """A decoding step over pages and the append, of few sequences, whose work is split, and of many."""
+    """A decoding step over pages and the append, of few sequences, whose work is split, of more, and of many."""
     block, tokens = c.select_block, 8192
     compressed = block // c.geometry.compress_stride
-    for batch in (1, 256):
+    for batch in (32, 1, 256):  # the last program merges, a launch does, there is nothing to merge
         pages = PagedKV(
             *(
                 Pages(
@@ -112,10 +113,12 @@ class Launch(NamedTuple):
         for i, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
             one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-            if parameter.is_constexpr or one:
+            if parameter.is_constexpr or one or value is None:
                 signature[parameter.name], constants[(i,)] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, float):
                 signature[parameter.name] = "fp32"
             else:
@@ -150,6 +153,7 @@ def launches(operator: Callable[[Config], None], config: Config, limit: int) -> 
     engines.TRITON_INTERPRETED = True  # or a CPU's tensors would be refused
     for module in (configs, scoring, selected_forward, selected_backward, decode):
         module.shared_memory = lambda device: limit
+    selected_forward.generation = lambda device: config.capability // 10
     for module in (scoring, selected, decode):
         module._computable = lambda x: x
     operator(config)

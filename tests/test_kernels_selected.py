@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexnsa.kernels import selected, selected_backward, selected_forward, spans
+from flexnsa.kernels.blocks import Blocks
 from flexnsa.kernels.selected import selected_attention
+from flexnsa.kernels.sharing import share_selection
 
 
 def visible(indices: Tensor, position: Tensor, start: Tensor, tk: int, select_block: int) -> Tensor:
@@ -122,6 +124,62 @@ def test_neighbours_that_select_alike(group):
     shared = torch.stack([torch.zeros_like(block), block], -1).int()
     indices = shared.masked_fill((shared == 0) & (torch.arange(2) == 1), -1)[:, None]
     check(inputs, indices, position, start, select_block=16, scale=0.3)
+
+
+def test_queries_go_on_from_what_their_tile_began():
+    inputs, indices, position, start = make(1, 1, 8, 16, 16, 8, 60, False, 3, 7)
+    own = torch.arange(position.shape[1]) % 4 + 1
+    indices = torch.stack([torch.zeros_like(own), own], -1).int()[None, None]
+    base = (indices[0] * 8).where(indices[0] * 8 <= position[..., None], -1)
+    found = share_selection(base, 4, 1, 0.6, otherwise=2, rest=True)
+    assert (found.common[0] == 1).any() and (found.rest_count[0] == 1).any()
+    check(inputs, indices, position, start, select_block=8, scale=0.3)
+
+
+@pytest.mark.parametrize("group", [4, 8])
+def test_chips_without_a_copy_engine(group, monkeypatch):
+    monkeypatch.setattr(selected_forward, "generation", lambda device: 8)
+    inputs, indices, position, start = make(1, 1, group, 20, 16, 16, 50, True, 3, 8)
+    check(inputs, indices, position, start, select_block=16, scale=0.3)
+
+
+def test_strides_that_the_copy_engine_does_not_take():
+    inputs, indices, position, start = make(1, 1, 8, 16, 16, 16, 40, False, 3, 9)
+    q, k, v = (x.detach() for x in inputs)
+    k = k.mT.contiguous().mT
+    v = torch.cat([v, v[..., :1]], -1)[..., :16]
+    assert not any(selected_forward._copyable(x) for x in (k, v))
+    check([x.requires_grad_() for x in (q, k, v)], indices, position, start, select_block=16, scale=0.3)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 4), st.integers(0, 2**20), st.booleans())
+def test_tiles_take_what_is_worth_sharing(queries, n, seed, masked):
+    rng = torch.Generator().manual_seed(seed)
+    tq, least, otherwise, worth = 11, 1, 2, 0.7
+    seen = torch.randint(-1, 60, (1, tq), generator=rng).int()
+    low = torch.randint(0, 30, (1, tq), generator=rng).int() if masked else seen
+    base = torch.stack([torch.randperm(5, generator=rng)[:n].sort().values * 16 for _ in range(tq)])[None].int()
+    base = base.masked_fill(base > seen[..., None], -1)
+    found = share_selection(
+        base, queries, least, worth, otherwise=otherwise, rest=True,
+        blocks=Blocks(base, seen, low, seen, None), select_block=16,
+    )  # fmt: skip
+    for tile, first in enumerate(range(0, tq, queries)):
+        mine = [set(x.tolist()) - {-1} for x in base[0, first : first + queries]]
+        choosers = {x: [r for r, own in enumerate(mine) if x in own] for x in sorted(set().union(*mine))}
+        worthy = len(choosers) <= worth * sum(map(len, mine))
+        shared = {x for x, by in choosers.items() if len(by) >= (least if worthy else otherwise)}
+        listed = found.base[0, tile, : found.common[0, tile]].tolist()
+        assert sorted(listed) == sorted(shared)
+        bits = found.members[0, tile, : len(listed)].tolist()
+        assert bits == [sum(1 << r for r in choosers[x]) for x in listed]
+        sight = [(int(low[0, t]) if masked else 0, int(seen[0, t])) for t in range(first, first + len(mine))]
+        whole = {x for x in shared if all(a <= x and x + 15 <= b for a, b in sight if b >= 0)}
+        assert set(listed[: found.whole[0, tile]]) == whole
+        for r, own in enumerate(mine):
+            left = found.rest[0, first + r, : found.rest_count[0, first + r]].tolist()
+            assert left == sorted(own - shared)
 
 
 @pytest.mark.parametrize("group", [2, 8])

@@ -46,13 +46,20 @@ def shared_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
+@functools.cache
+def generation(device: torch.device) -> int:
+    """Major compute capability: from 9 on there is a copy engine that fetches tiles."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
 class ForwardPlan(NamedTuple):
     """How the forward is divided.
 
     Attributes:
         queries: adjacent queries of a tile.
         least: how many of them must choose a block for the tile to visit it as one.
-        worth: most blocks that a tile visits, as a share of the choices that they stand for.
+        worth: most blocks that a tile visits so, as a share of the choices that they stand for.
+        otherwise: how many must choose a block where they would be more.
         shared: shape of the kernel over what they have in common.
         rest: shape of the kernel over the rest.
         by_query: whether the rest is visited query by query, rather than block by block.
@@ -61,6 +68,7 @@ class ForwardPlan(NamedTuple):
     queries: int
     least: int
     worth: float
+    otherwise: int
     shared: Tile
     rest: Tile
     by_query: bool
@@ -78,10 +86,10 @@ def forward_plan(itemsize: int, dim: int, value_dim: int, select_block: int, gro
     queries = max(1, min(16, shared.rows // group))
     if by_query:
         rest = _query_tiles(itemsize, dim, value_dim, select_block, group)
-        return ForwardPlan(queries, 1, 0.6, shared, _fit_forward(rest, dim, value_dim, itemsize, limit), True)
+        return ForwardPlan(queries, 1, 0.6, 2, shared, _fit_forward(rest, dim, value_dim, itemsize, limit), True)
     rest = _candidates(itemsize, select_block, 64, (1,))
     least = max(1, queries // 3)
-    return ForwardPlan(queries, least, 1.0, shared, _fit_forward(rest, dim, value_dim, itemsize, limit), False)
+    return ForwardPlan(queries, least, 1.0, least, shared, _fit_forward(rest, dim, value_dim, itemsize, limit), False)
 
 
 def _query_tiles(itemsize: int, dim: int, value_dim: int, select_block: int, group: int) -> list[Tile]:

@@ -125,7 +125,7 @@ def _selected_attention(
     if scale < 0:
         wide, scale = -wide, -scale
     with torch.cuda.device_of(q):
-        for of in _lane_groups(k, indices, 3):
+        for of in _lane_groups(k, indices, 4):
             where = of.rows(position), of.rows(start), None if low is None else of.rows(low)
             attend(of(wide), of(wide_k), of(wide_v), of(indices), *where, of(out), of(lse), select_block, scale)
     return out.to(q.dtype), lse

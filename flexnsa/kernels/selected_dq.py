@@ -14,7 +14,7 @@ from flexnsa.kernels.blocks import Blocks
 from flexnsa.kernels.configs import BackwardPlan, padded
 from flexnsa.kernels.launch import Kernel, ceil_div
 from flexnsa.kernels.selected_forward import precision
-from flexnsa.kernels.sharing import share_selection
+from flexnsa.kernels.sharing import Sharing, share_selection
 
 SUM_ROWS = 16
 """Rows of a program that goes over rows alone."""
@@ -72,18 +72,22 @@ def tile_gradients(
     limit = tl.max(tl.load(seen + lane * tq + token, mask=row_mask, other=-1), axis=0) + 1
     dim, offset = tl.arange(0, D_PAD), tl.arange(0, KEYS)
     k += (lane // hk) * stride_kb + (lane % hk) * stride_kh
+    k_tile_at = k + offset.to(tl.int64)[:, None] * stride_kt + dim[None, :] * stride_kd
     part_scores += local_lane * queries * (N * SUBS * G * KEYS)
     dq_tile = tl.zeros([ROWS, D_PAD], tl.float32)
+    base += tile_at * most
+    slots += tile_at * most
+    ahead, slots_ahead = tl.load(base), tl.load(slots)
     for step in tl.range(0, steps, num_stages=STAGES):
-        first = tl.load(base + tile_at * most + step // SUBS)
-        slot = (tl.load(slots + tile_at * most + step // SUBS) >> (member * 8).to(tl.int64)).to(tl.int32) & 255
+        first, slots_here = ahead, slots_ahead
+        # A step ahead, so that the loads that depend on it wait for nothing.
+        ahead = tl.load(base + (step + 1) // SUBS, mask=step + 1 < steps, other=ahead)
+        slots_ahead = tl.load(slots + (step + 1) // SUBS, mask=step + 1 < steps, other=slots_ahead)
+        slot = (slots_here >> (member * 8).to(tl.int64)).to(tl.int32) & 255
         part = first + step % SUBS * KEYS
         inside = part + offset < tl.minimum(limit, first + SELECT)
-        k_tile = tl.load(
-            k + (part.to(tl.int64) + offset)[:, None] * stride_kt + dim[None, :] * stride_kd,
-            mask=inside[:, None] & (dim < D)[None, :],
-            other=0.0,
-        )
+        k_at = k_tile_at + part.to(tl.int64) * stride_kt
+        k_tile = tl.load(k_at, mask=inside[:, None] & (dim < D)[None, :], other=0.0)
         pair = (query * N + slot) * SUBS + step % SUBS
         at = pair.to(tl.int64) * (KEYS * G) + head
         if G >= 8 and G & (G - 1) == 0:
@@ -118,6 +122,7 @@ def query_gradients(
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     dim, offset = tl.arange(0, D_PAD), tl.arange(0, KEYS)
     k += (lane // hk) * stride_kb + (lane % hk) * stride_kh
+    k_tile_at = k + offset.to(tl.int64)[:, None] * stride_kt + dim[None, :] * stride_kd
     base += (lane * tq + token) * N
     part_scores += (local_lane * queries + query) * (N * SUBS * G * KEYS)
     limit = tl.load(seen + lane * tq + token) + 1
@@ -129,11 +134,8 @@ def query_gradients(
         ahead = tl.load(base + tl.minimum((step + 1) // SUBS, N - 1))
         part = first + step % SUBS * KEYS
         inside = part + offset < tl.where(first < 0, first, tl.minimum(limit, first + SELECT))
-        k_tile = tl.load(
-            k + (part.to(tl.int64) + offset)[:, None] * stride_kt + dim[None, :] * stride_kd,
-            mask=inside[:, None] & (dim < D)[None, :],
-            other=0.0,
-        )
+        k_at = k_tile_at + part.to(tl.int64) * stride_kt
+        k_tile = tl.load(k_at, mask=inside[:, None] & (dim < D)[None, :], other=0.0)
         scores = tl.load(
             part_scores + ((step * KEYS + offset)[None, :] * G + row[:, None]),
             mask=(row < G)[:, None] & inside[None, :],
@@ -161,28 +163,39 @@ class Gradients(NamedTuple):
     dv: Tensor
 
 
-def multiply_scores(
-    work: Gradients, part_scores: Tensor, place: tuple[int, int, int], lanes: int, plan: BackwardPlan,
-    select_block: int, scale: float,
-) -> None:  # fmt: skip
-    """dQ of a chunk's queries from the gradients of their scores: by tiles that share blocks, else by query."""
-    (hq, tq, d), hk, (lane, query, queries) = work.q.shape[1:], work.k.shape[1], place
-    group, base = hq // hk, work.blocks.base
+def share_blocks(base: Tensor, place: tuple[int, int, int], lanes: int, plan: BackwardPlan) -> Sharing:
+    """What tiles of neighbouring queries have in common: of ``lanes`` from a place's lane on, and of its queries."""
+    lane, query, queries = place
     # Several lanes are worked on at once only where a chunk holds all queries: the slice is always contiguous.
     here = base[lane : lane + lanes, query : query + queries]
-    sharing = share_selection(here, plan.queries, 1, plan.worth, slots=True, rest=False)
-    tiles, most = sharing.base.shape[1:]
+    return share_selection(here, plan.queries, 1, plan.worth, slots=True, rest=False)
+
+
+def multiply_scores(
+    work: Gradients, part_scores: Tensor, sharing: Sharing, first: int, place: tuple[int, int, int], lanes: int,
+    plan: BackwardPlan, select_block: int, scale: float,
+) -> None:  # fmt: skip
+    """dQ of a chunk's queries from the gradients of their scores: by tiles that share blocks, else by query.
+
+    ``first`` is the chunk's first query among those that ``sharing`` is of.
+    """
+    (hq, tq, d), hk, queries = work.q.shape[1:], work.k.shape[1], place[2]
+    group, base = hq // hk, work.blocks.base
+    tile = first // plan.queries
+    here = slice(tile, tile + ceil_div(queries, plan.queries))
+    common_base, slots, common = (x[:, here] for x in (sharing.base, sharing.slots, sharing.common))
+    tiles, most = common_base.shape[1:]
     shape = {
         "QUERIES": plan.queries, "N": base.shape[-1], "G": group, "D": d, "D_PAD": padded(d), "SELECT": select_block,
         "SUBS": ceil_div(select_block, plan.tile.keys), "KEYS": plan.tile.keys, "PRECISION": precision(work.q),
     }  # fmt: skip
     rows = min(64, padded(plan.queries * group))
     tile_gradients[(tiles, lanes, ceil_div(plan.queries * group, rows))](
-        work.k, part_scores, sharing.base, sharing.slots, sharing.common, work.blocks.seen, work.dq, *work.k.stride(),
+        work.k, part_scores, common_base, slots, common, work.blocks.seen, work.dq, *work.k.stride(),
         *place, hk, tq, most, scale, **shape, ROWS=rows, STAGES=3, num_warps=4,
     )  # fmt: skip
     rows = min(64, padded(group))
     query_gradients[(queries, lanes, ceil_div(group, rows))](
-        work.k, part_scores, base, sharing.common, work.blocks.seen, work.dq, *work.k.stride(),
+        work.k, part_scores, base, common, work.blocks.seen, work.dq, *work.k.stride(),
         *place, hk, tq, tiles, scale, **shape, ROWS=rows, STAGES=3, num_warps=max(2, rows // 16),
     )  # fmt: skip

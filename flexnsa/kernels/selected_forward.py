@@ -5,11 +5,12 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexnsa.kernels.blocks import Blocks, locate_blocks
-from flexnsa.kernels.configs import Tile, forward_plan, padded, shared_memory
+from flexnsa.kernels.configs import Tile, forward_plan, generation, padded, shared_memory
 from flexnsa.kernels.inversion import invert_selection
-from flexnsa.kernels.launch import ceil_div
+from flexnsa.kernels.launch import ceil_div, next_power
 from flexnsa.kernels.selected_pairs import merge_pairs, pair_attention
 from flexnsa.kernels.selected_tiles import query_attention, tile_attention
 from flexnsa.kernels.sharing import Sharing, share_selection
@@ -30,7 +31,10 @@ def attend(
     (batch, hq, tq, d), (_, hk, _, dv) = q.shape, v.shape
     plan = forward_plan(q.element_size(), d, dv, select_block, hq // hk, shared_memory(q.device))
     blocks = locate_blocks(indices, position, start, k.shape[2], select_block, ranks=not plan.by_query, low=low)
-    sharing = share_selection(blocks.base, plan.queries, plan.least, plan.worth, slots=False, rest=not plan.by_query)
+    sharing = share_selection(
+        blocks.base, plan.queries, plan.least, plan.worth,
+        otherwise=plan.otherwise, rest=True, blocks=blocks, select_block=select_block,
+    )  # fmt: skip
     shape: dict[str, Any] = {
         "G": hq // hk,
         "D": d,
@@ -42,19 +46,38 @@ def attend(
     shape |= {"PRECISION": precision(q), "MASKED": blocks.masked}
     strides = (*q.stride(), *k.stride(), *v.stride())
     row_tiles = ceil_div(plan.queries * (hq // hk), plan.shared.rows)
+    tables, near = (blocks.seen, blocks.low), block_offset_type(select_block, k, v)
+    copy = generation(q.device) >= 9 and _copyable(k) and _copyable(v)
     tile_attention[(ceil_div(tq, plan.queries), batch * hk, row_tiles)](
-        q, k, v, blocks.seen, blocks.low, sharing.base, sharing.members, sharing.common, out, lse, *strides,
+        q, k, v, *tables, sharing.base, sharing.members, sharing.common, sharing.whole, out, lse,
+        *_copies(k, v, plan.shared, copy), *strides,
         hk, tq, sharing.base.shape[-1], scale, **shape, **_tile(plan.shared, select_block), QUERIES=plan.queries,
-        BY_QUERY=plan.by_query, OFFSET=block_offset_type(select_block, k, v),
+        BY_QUERY=plan.by_query, OFFSET=near, COPY=copy,
     )  # fmt: skip
     if plan.by_query:
         query_attention[(tq, batch * hk, ceil_div(hq // hk, plan.rest.rows))](
-            q, k, v, blocks.seen, blocks.low, blocks.base, sharing.common, out, lse, *strides,
+            q, k, v, *tables, sharing.rest, sharing.rest_count, sharing.common, out, lse,
+            *_copies(k, v, plan.rest, copy), *strides,
             hk, tq, sharing.common.shape[-1], scale, QUERIES=plan.queries, N=blocks.base.shape[-1],
-            OFFSET=block_offset_type(select_block, k, v), **shape, **_tile(plan.rest, select_block),
+            N_PAD=next_power(blocks.base.shape[-1]), OFFSET=near, COPY=copy, **shape,
+            **_tile(plan.rest, select_block),
         )  # fmt: skip
     else:
         _attend_pairs(q, k, v, blocks, sharing, scale, shape, plan.rest, out, lse)
+
+
+def _copyable(x: Tensor) -> bool:
+    """Whether the copy engine takes its strides: dims side by side, all else in steps of 16 bytes."""
+    steps = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
+    return x.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def _copies(k: Tensor, v: Tensor, tile: Tile, copy: bool) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """What the copy engine needs to know of keys and values, to bring a tile's at a time."""
+    if not copy:
+        return None, None
+    of = lambda x: TensorDescriptor(x, x.shape, x.stride(), [1, 1, tile.keys, padded(x.shape[-1])])  # noqa: E731
+    return of(k), of(v)
 
 
 def _tile(tile: Tile, select_block: int) -> dict[str, int]:

@@ -12,36 +12,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexnsa.kernels.blocks import Blocks
 from flexnsa.kernels.launch import Kernel, ceil_div, next_power
+
+NO_LIMIT = tl.constexpr((1 << 31) - 1)
+NEVER = 33
+"""More queries than a tile has."""
 
 
 class Sharing(NamedTuple):
     """The common blocks of each tile and the remaining blocks of each query.
 
     Attributes:
-        base: int32 ``[lanes, tiles, most]``, first token of each common block, in the order of their first choosers.
+        base: int32 ``[lanes, tiles, most]``, first token of each common block, in the order of their first choosers;
+            those that all of the tile see whole come first, if they are asked for.
         members: int32 ``[lanes, tiles, most]``, bit r set where the tile's query r chose it.
         slots: int64 ``[lanes, tiles, most]``, byte r its place in the list of query r, 255 for none.
         common: int32 ``[lanes, tiles]``, number of common blocks.
+        whole: int32 ``[lanes, tiles]``, how many of them all of the tile see whole.
         rest: int32 ``[lanes, tq, n]``, first tokens of each query's other blocks, left-packed, padded with -1.
         rest_count: int32 ``[lanes, tq]``, number of those.
 
-    What nobody asked for is empty: ``slots``, or ``members``; and what is about the rest.
+    What nobody asked for is empty: ``slots``, or ``members``; ``whole``; and what is about the rest.
     """
 
     base: Tensor
     members: Tensor
     slots: Tensor
     common: Tensor
+    whole: Tensor
     rest: Tensor
     rest_count: Tensor
 
 
-def share_selection(base: Tensor, queries: int, least: int, worth: float, *, slots: bool, rest: bool) -> Sharing:
-    """Divide a selection into what ``least`` or more of each ``queries`` adjacent queries chose, and the rest.
+def share_selection(
+    base: Tensor, queries: int, least: int, worth: float, *, otherwise: int = NEVER, slots: bool = False,
+    rest: bool = False, blocks: Blocks | None = None, select_block: int = 1,
+) -> Sharing:  # fmt: skip
+    """Divide a selection into what a tile of ``queries`` adjacent queries visits together, and the rest.
+
+    A tile takes the blocks that ``least`` or more of its queries chose, if they number at most ``worth`` times the
+    choices that they stand for, else those that ``otherwise`` or more chose.
 
     ``base`` int32 [lanes, tq, n] holds first tokens, -1 for none; ``queries`` is at most 32, at most 8 with ``slots``.
-    A tile whose common blocks number more than ``worth`` times the choices that they stand for shares nothing.
+    With ``blocks``, of which it is the base, those that all of a tile see whole come first.
     """
     lanes, tq, n = base.shape
     tiles = ceil_div(tq, queries)
@@ -50,21 +64,24 @@ def share_selection(base: Tensor, queries: int, least: int, worth: float, *, slo
     members = nothing if slots else torch.empty_like(common)
     places = base.new_empty(lanes, tiles, most, dtype=torch.int64) if slots else nothing
     left, left_count = (torch.empty_like(base), base.new_empty(lanes, tq)) if rest else (nothing, nothing)
+    seen, low = (blocks.seen, blocks.low) if blocks else (nothing, nothing)
+    whole = torch.empty_like(count) if blocks else nothing
     _divide[(tiles, lanes)](
-        base, common, members, places, count, left, left_count, tq, most, worth,
-        N=n, N_PAD=next_power(n), LEAST=least,
-        QUERIES=queries, QUERIES_PAD=next_power(queries), SLOTS=slots, REST=rest,
-        num_warps=1,
+        base, seen, low, common, members, places, count, whole, left, left_count, tq, most, worth,
+        N=n, N_PAD=next_power(n), LEAST=least, OTHERWISE=otherwise, SELECT=select_block,
+        QUERIES=queries, QUERIES_PAD=next_power(queries), SLOTS=slots, REST=rest, WHOLE=blocks is not None,
+        MASKED=blocks is not None and blocks.masked, num_warps=1,
     )  # fmt: skip
-    return Sharing(common, members, places, count, left, left_count)
+    return Sharing(common, members, places, count, whole, left, left_count)
 
 
 @Kernel
 @triton.jit(do_not_specialize=["tq", "most"])
 def _divide(
-    base, common, members, slots, count, rest, rest_count, tq, most, worth,
-    N: tl.constexpr, N_PAD: tl.constexpr, LEAST: tl.constexpr, QUERIES: tl.constexpr, QUERIES_PAD: tl.constexpr,
-    SLOTS: tl.constexpr, REST: tl.constexpr,
+    base, seen, low, common, members, slots, count, whole, rest, rest_count, tq, most, worth,
+    N: tl.constexpr, N_PAD: tl.constexpr, LEAST: tl.constexpr, OTHERWISE: tl.constexpr, SELECT: tl.constexpr,
+    QUERIES: tl.constexpr, QUERIES_PAD: tl.constexpr, SLOTS: tl.constexpr, REST: tl.constexpr, WHOLE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     tile, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tile_at = lane * tl.num_programs(0) + tile
@@ -90,11 +107,21 @@ def _divide(
         lowest = tl.where((chosen != 0) & (lowest == 32), other, lowest)
     taken = mine >= 0
     common_here = taken & (number >= LEAST)
-    leads = common_here & (lowest == member)
-    blocks, choices = tl.sum(leads.to(tl.int32), axis=0), tl.sum(common_here.to(tl.int32), axis=0)
-    least = tl.where(blocks <= worth * choices, LEAST, QUERIES + 1)
+    leads = taken & (lowest == member)
+    blocks, choices = tl.sum((common_here & leads).to(tl.int32), axis=0), tl.sum(common_here.to(tl.int32), axis=0)
+    least = tl.where(blocks <= worth * choices, LEAST, OTHERWISE)
     leads = leads & (number >= least)
     place = tl.cumsum(leads.to(tl.int32), axis=0) - 1
+    if WHOLE:
+        last = tl.load(seen + first + member, mask=inside, other=-1)
+        full = leads & (mine + (SELECT - 1) <= tl.min(tl.where(last < 0, NO_LIMIT, last), axis=0))
+        if MASKED:
+            start = tl.load(low + first + member, mask=inside & (last >= 0), other=0)
+            full = full & (mine >= tl.max(start, axis=0))
+        before = tl.cumsum(full.to(tl.int32), axis=0)
+        fulls = tl.sum(full.to(tl.int32), axis=0)
+        place = tl.where(full, before - 1, place + fulls - before)
+        tl.store(whole + tile_at, tl.minimum(fulls, most))
     # A list that names a block twice could overflow; what does not fit is left to the query.
     leads = leads & (place < most)
     tl.store(common + tile_at * most + place, mine, mask=leads)

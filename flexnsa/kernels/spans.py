@@ -13,6 +13,9 @@ TABLE_BYTES = 224 << 20
 
 _SORTED_PAIRS = 4 << 20
 
+_BYTES_PER_SORTED = 64
+"""Results held at once for each pair that is sorted with others: where little is held, tables are small as well."""
+
 
 class Span(NamedTuple):
     """A run of adjacent lanes and adjacent chunks of queries whose pairs are sorted together.
@@ -49,19 +52,21 @@ def lane_groups(batch: int, heads: int, lane_bytes: int) -> Iterator[tuple[slice
             yield slice(row, row + rows), slice(column, column + columns)
 
 
-def spans(lanes: int, tq: int, n: int, pair_bytes: int, most_bytes: int) -> Iterator[Span]:
+def spans(lanes: int, tq: int, n: int, pair_bytes: int, most_bytes: int, multiple: int = 1) -> Iterator[Span]:
     """Cover ``lanes`` x ``tq`` queries of ``n`` pairs each, ``pair_bytes`` of results a pair,
-    of which ``most_bytes`` are held at once.
+    of which ``most_bytes`` are held at once. Where a lane is several chunks, their queries are a ``multiple``.
 
     One lane's queries come before more lanes: the more queries that share a block are worked on together, the fewer
     times it is read.
     """
     most = max(16, most_bytes // (n * pair_bytes))
     chunks = ceil_div(tq, most)
-    queries = ceil_div(tq, chunks)
+    queries = tq if chunks == 1 else ceil_div(ceil_div(tq, chunks), multiple) * multiple
+    chunks = ceil_div(tq, queries)
     at_once = max(1, min(lanes, most // queries))
-    chunks_sorted = max(1, min(chunks, _SORTED_PAIRS // (at_once * queries * n)))
-    lanes_sorted = max(at_once, min(lanes, _SORTED_PAIRS // (chunks_sorted * queries * n)) // at_once * at_once)
+    most_sorted = min(_SORTED_PAIRS, most_bytes // _BYTES_PER_SORTED)
+    chunks_sorted = max(1, min(chunks, most_sorted // (at_once * queries * n)))
+    lanes_sorted = max(at_once, min(lanes, most_sorted // (chunks_sorted * queries * n)) // at_once * at_once)
     for lane in range(0, lanes, lanes_sorted):
         for chunk in range(0, chunks, chunks_sorted):
             yield Span(
