@@ -29,12 +29,12 @@ def paged_step(
     before = config.compress_block // config.compress_stride - 1
     ends = slice(before, before + config.num_compressed(capacity))
     k_cmp, v_cmp = (x[:, :, ends] for x in _gather(pages.compressed, tokens // config.compress_stride))
-    compressed = reference.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale, ordered=False)
+    compressed = reference.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale)
     selection = reference.select_blocks(q, k_cmp, compressed.lse, table, config, num_tokens=capacity, scale=scale)
     kv = _gather(pages.selected, tokens)
-    selected = reference.selected_attention(q, *kv, selection, table, config, scale=scale, ordered=False)
+    selected = reference.selected_attention(q, *kv, selection, table, config, scale=scale)
     kv = _gather(pages.window, tokens)
-    window = reference.window_attention(q, *kv, table, config, scale=scale, ordered=False)
+    window = reference.window_attention(q, *kv, table, config, scale=scale)
     return combine(gates, (compressed, selected, window)), selection
 
 

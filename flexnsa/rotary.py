@@ -6,18 +6,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from flexnsa.types import accumulator
+Turns = tuple[Float[Tensor, "#b 1 t half"], Float[Tensor, "#b 1 t half"]]
+"""Cosine and sine of the angles by which each position's pairs are turned."""
 
 
-def rotate(x: Float[Tensor, "b h t d"], positions: Int64[Tensor, "b t"], theta: float) -> Float[Tensor, "b h t d"]:
-    """``x [b, h, t, d]`` turned by its positions: pair i by ``position * theta ** (-2 i / d)`` radians.
-
-    Angles are computed in float32, or float64 for float64 inputs. ``positions`` is ``[b|1, t]``.
-    """
-    half = x.shape[-1] // 2
-    dtype = accumulator(x)
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+def turns(positions: Int64[Tensor, "#b t"], dim: int, theta: float, dtype: torch.dtype) -> Turns:
+    """Of pair i at each position: ``position * theta ** (-2 i / dim)`` radians, in ``dtype``."""
+    half = dim // 2
+    frequency = theta ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
     angle = positions[:, None, :, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
+    return angle.cos(), angle.sin()
+
+
+def turned(x: Float[Tensor, "b h t d"], by: Turns) -> Float[Tensor, "b h t d"]:
+    """``x [b, h, t, d]``, computed in the dtype of ``by``."""
+    (cos, sin), half = by, x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

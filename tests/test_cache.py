@@ -233,17 +233,17 @@ def test_rows_of_another_number_make_another_batch():
 
 
 class Recording(MeanPool):
-    """Remembers every block that a cached call feeds it."""
+    """Remembers every block that it is fed."""
 
     def __init__(self, config):
         super().__init__(config)
         self.fed, self.slots = [], 0
 
     def forward(self, k, v, *, starts=None):
-        if starts is not None:  # None in a full pass
-            for row, begins in enumerate(starts.tolist()):
-                self.fed += [(row, k[row, :, start : start + 4].clone()) for start in begins if start >= 0]
-            self.slots += starts.shape[1]
+        begins = torch.arange(CONFIG.num_compressed(k.shape[2]))[None] * 2 if starts is None else starts
+        for row, row_begins in enumerate(begins.expand(k.shape[0], -1).tolist()):
+            self.fed += [(row, k[row, :, start : start + 4].clone()) for start in row_begins if start >= 0]
+        self.slots += begins.shape[1]
         return super().forward(k, v, starts=starts)
 
 

@@ -301,6 +301,7 @@ KERNEL_SHAPES = {
     "no overlap": Shape(NSAConfig(4, 4, 8, 4, 0, 1, 9), (61,), hk=2, group=1, pages=(1, 2, 1)),
     "wide overlap, odd ratio": Shape(NSAConfig(6, 2, 6, 4, 0, 0, 4), (39, 38), group=2, pages=(2, 1, 1)),
     "ties": Shape(NSAConfig(4, 2, 8, 4, 0, 0, 5), (77,), group=3, values="repeated"),
+    "ties between tiles": Shape(NSAConfig(4, 2, 8, 5, 0, 0, 5), (301, 155), group=3, values="repeated"),
     "all alike": Shape(NSAConfig(4, 2, 8, 3, 0, 0, 5), (64,), group=1, values="flat"),
     "hot": Shape(SMALL, (50,), group=2, values="hot"),
     "one block a query": Shape(NSAConfig(2, 1, 2, 1, 0, 1, 1), (33,), group=2),
@@ -314,7 +315,14 @@ def on_kernels(shape: Shape, dtype: torch.dtype) -> tuple[Sequences, PagedKV]:
     return x, PagedKV(*(Pages(p.k.to(dtype), p.v.to(dtype), p.table) for p in pages))
 
 
-@pytest.mark.parametrize("programs", [1, 6], ids=("alone", "split"))
+@pytest.mark.parametrize("lanes", (1, 4, 64, 100, 128, 200, 256, 395, 512, 1024, 1585, 100_000))
+def test_a_step_fills_its_waves(lanes: int):
+    programs = lanes * decode._filling(lanes)
+    assert programs >= lanes
+    assert programs > (0.85 if lanes <= 1024 else 0.75) * -(-programs // decode.WAVE) * decode.WAVE
+
+
+@pytest.mark.parametrize("programs", [1, 2, 6], ids=("alone", "merged by the last", "merged by a launch"))
 @pytest.mark.parametrize("name", KERNEL_SHAPES)
 def test_triton_equals_reference(name: str, programs: int, monkeypatch):
     plan = decode.plan_step
@@ -326,6 +334,7 @@ def test_triton_equals_reference(name: str, programs: int, monkeypatch):
         return found._replace(compressed=compressed, window=window, selected=selected, rows=2)
 
     monkeypatch.setattr(decode, "plan_step", small)
+    monkeypatch.setattr(decode, "FEW_PARTS", 1 if programs == 6 else 4)
     shape = KERNEL_SHAPES[name]
     x, pages = on_kernels(shape, torch.float32)
     expected = paged_step(x.q, x.gates, pages, x.lengths, shape.config, scale=0.3, impl="reference")
@@ -520,6 +529,7 @@ GPU_SHAPES = {
     "float32": Shape(NSAConfig(16, 16, 32, 7, 1, 1, 100), (999, 1000), hk=2, group=8, d=64, dv=80,
                      dtype=torch.float32),
     "odd": Shape(NSAConfig(48, 16, 96, 5, 0, 1, 77), (1111, 96, 47), hk=1, group=24, d=128, dv=128, pages=(1, 2, 1)),
+    "two parts": Shape(PAPER, tuple(range(500, 5300, 300)), hk=4, group=16, d=128, dv=128, pages=(16, 1, 1)),
     "many lanes": Shape(PAPER, tuple(range(100, 2100, 37)), hk=4, group=16, d=128, dv=128, pages=(16, 1, 1)),
 }  # fmt: skip
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from flexnsa.cache.cache import NSACache
+from flexnsa.cache.stores import Places
 from flexnsa.checks import values_are_checked
-from flexnsa.types import KV, BranchKV
+from flexnsa.config import NSAConfig
+from flexnsa.types import KV, BranchKV, Positions
 
 
 class Blocks(NamedTuple):
@@ -19,18 +21,34 @@ class Blocks(NamedTuple):
     Attributes:
         k: keys ``[b, hk, n, d]``, as the compressor takes them.
         v: values ``[b, hk, n, dv]``.
-        starts: int64 ``[b, c]``, first token of each block among them, -1 where a row completes fewer.
-        number: int64 ``[b, c]``, which compressed token of its row each block is.
+        starts: int64 ``[b, c]``, first token of each block among them, -1 where a row completes fewer; None where the
+            rows are alike: block i then begins with token ``i * compress_stride``.
+        number: which compressed token of its row each block is, int64 ``[b, c]`` or one range for all rows.
     """
 
     k: Float[Tensor, "b hk n d"]
     v: Float[Tensor, "b hk n dv"]
-    starts: Int64[Tensor, "b c"]
-    number: Int64[Tensor, "b c"]
+    starts: Int64[Tensor, "b c"] | None
+    number: Places
+
+    @property
+    def complete(self) -> Bool[Tensor, "b c"] | None:
+        """Which blocks there are; None where all."""
+        return None if self.starts is None else self.starts >= 0
+
+    def ends(self, config: NSAConfig) -> Int64[Tensor, "b c"]:
+        """Position of the last token of each block, int64 ``[b|1, c]``."""
+        number = self.number
+        if isinstance(number, range):
+            number = torch.arange(number.start, number.stop, device=self.k.device)[None]
+        return number * config.compress_stride + config.compress_block - 1
 
 
 class Append:
     """One call's tokens. Until ``commit`` the cache's rows are what they were.
+
+    Where the host knows that all rows hold equally many tokens and gain as many, it knows what goes where, and nothing
+    is looked up by index on the device.
 
     A row's real tokens are put first and its padding last, so that token i takes position ``length + i``. Padding then
     does no harm: no real token sees a later position, and what padding computes is thrown away.
@@ -46,17 +64,21 @@ class Append:
 
     def __init__(self, cache: NSACache, tokens: int, documents: Int[Tensor, "b t"] | None = None):
         self.cache, self.tokens = cache, tokens
-        lengths, place = cache.lengths, torch.arange(tokens, device=cache.device)
-        if documents is None:
-            self.count, self.real, self.column = torch.full_like(lengths, tokens), None, None
-        else:
+        self.count: Tensor | int = tokens
+        self.real, self.column = None, None
+        if documents is not None:
             _check_padding(documents)
             self.count = (documents >= 0).sum(1)
-            self.real = place < self.count[:, None]
+            self.real = torch.arange(tokens, device=cache.device) < self.count[:, None]
             self.column = (documents < 0).int().argsort(dim=1, stable=True)
-        self.growth = cache.fill.growth(self.count, tokens, padded=documents is not None)
+        self.growth = cache.fill.growth(self.count, tokens)
         self.held = cache.fill.held(self.growth)
-        self.position = lengths[:, None] + place
+        alike = documents is None and self.growth is not None and len(set(self.growth.before.lengths)) == 1
+        self.span = range(self.held, self.held + tokens) if alike else None
+        if self.span is None:
+            self.position = cache.lengths[:, None] + torch.arange(tokens, device=cache.device)
+        else:
+            self.position = torch.arange(self.held, self.held + tokens, device=cache.device)[None]
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +105,10 @@ class Append:
         most = self._most_completed()
         if most == 0:
             return None
+        if self.span is not None:
+            first = config.num_compressed(self.held)
+            k, v = cache.raw.before(raw, range(first * config.compress_stride, self.held))
+            return Blocks(k, v, None, range(first, first + most))
         k, v, begin = cache.raw.followed_by(raw, cache.lengths, min(config.compress_block - 1, self.held))
         index = cache.num_compressed(cache.lengths)[:, None] + torch.arange(most, device=cache.device)
         complete = index < cache.num_compressed(cache.lengths + self.count)[:, None]
@@ -104,35 +130,47 @@ class Append:
         if blocks is None or compressed is None:
             all_compressed = cache.compressed.first(count)
         else:
-            all_compressed = cache.compressed.extended(blocks.number, compressed, blocks.starts >= 0, count)
-        all_selected = cache.selected.extended(self.position, selected, self.real, self.num_tokens)
-        k, v, _ = cache.window.followed_by(window, cache.lengths, self._window_reach())
+            all_compressed = cache.compressed.extended(blocks.number, compressed, blocks.complete, count)
+        all_selected = cache.selected.extended(self._places, selected, self.real, self.num_tokens)
+        if self.span is None:
+            k, v, _ = cache.window.followed_by(window, cache.lengths, self._window_reach())
+        else:
+            k, v = cache.window.before(window, range(self.held - self._window_reach(), self.held))
         return BranchKV(all_compressed, all_selected, (k, v))
 
     def store(self, blocks: Blocks | None, compressed: KV | None, selected: KV) -> None:
         """``extend`` for those that read the cache themselves: the window's keys and values come with ``commit``."""
         if blocks is not None and compressed is not None:
-            self.cache.compressed.put(blocks.number, compressed, blocks.starts >= 0)
-        self.cache.selected.put(self.position, selected, self.real)
+            self.cache.compressed.put(blocks.number, compressed, blocks.complete)
+        self.cache.selected.put(self._places, selected, self.real)
 
-    def positions(self) -> dict[str, Tensor] | None:
+    def positions(self) -> dict[str, Positions] | None:
         """Where the tokens stand among the keys of each branch, by its name; None where they are those very tokens."""
         if self.held == 0:
             return None
-        begin = (self.cache.lengths - self._window_reach()).clamp(min=0)
+        reach = self._window_reach()
+        if self.span is not None:
+            return {"compressed": self.span, "selected": self.span, "window": range(reach, reach + self.tokens)}
+        begin = (self.cache.lengths - reach).clamp(min=0)
         return {"compressed": self.position, "selected": self.position, "window": self.position - begin[:, None]}
 
     def commit(self, raw: KV, window: KV) -> None:
         """Let the tokens count: the rings and the lengths move on."""
         cache = self.cache
-        length = cache.lengths + self.count
         for ring, (k, v) in ((cache.raw, raw), (cache.window, window)):
-            if self.real is None:
-                latest = slice(max(0, self.tokens - ring.slots), None)
+            latest = slice(max(0, self.tokens - ring.slots), None)
+            if self.span is not None:
+                ring.put(self.span[latest], (k[:, :, latest], v[:, :, latest]))
+            elif self.real is None:
                 ring.put(self.position[:, latest], (k[:, :, latest], v[:, :, latest]))
             else:
+                length = cache.lengths + self.count
                 ring.put(self.position, (k, v), self.real & (self.position >= length[:, None] - ring.slots))
         cache.fill.grow(self.count, self.tokens, self.growth)
+
+    @property
+    def _places(self) -> Places:
+        return self.position if self.span is None else self.span
 
     def _most_completed(self) -> int:
         """Compressed tokens that any row completes: exactly where the host knows the lengths, else at most."""
@@ -143,8 +181,8 @@ class Append:
         return max(num_compressed(after) - num_compressed(before) for before, after in pairs)
 
     def _window_reach(self) -> int:
-        """Tokens before the call that its first one may see in the window."""
-        return min(self.cache.config.window - 1, self.held)
+        """Tokens before the call that its first one may see in the window, and one more for whole tiles."""
+        return min(self.cache.config.window, self.held)
 
 
 def _check_padding(documents: Tensor) -> None:

@@ -80,12 +80,12 @@ class NSACache:
     @property
     def batch(self) -> int:
         """Rows b."""
-        return self.lengths.shape[0]
+        return self.fill.state.shape[1]
 
     @property
     def device(self) -> torch.device:
         """Where the buffers are."""
-        return self.lengths.device
+        return self.fill.state.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -51,8 +51,8 @@ class Fill:
         """Tokens that each row holds."""
         return self.state[0]
 
-    def growth(self, count: Int64[Tensor, " b"], tokens: int, *, padded: bool) -> Growth | None:
-        """What adding ``count`` tokens, ``tokens`` or with padding fewer, comes to; None where the host cannot know.
+    def growth(self, count: Int64[Tensor, " b"] | int, tokens: int) -> Growth | None:
+        """What adding ``count`` tokens comes to, a tensor of at most ``tokens`` each; None where the host cannot know.
 
         Raises:
             ValueError: they do not fit.
@@ -60,12 +60,12 @@ class Fill:
         if self._blind():
             return None
         before = self._on_host()
-        readable = not padded or values_are_checked(count)
+        readable = isinstance(count, int) or values_are_checked(count)
         if (before is None or not readable) and self._most + tokens <= self.max_tokens:
             return None
         if before is None:  # Only a look can tell whether the tokens fit.
             before = _read(self.state)
-        added = count.tolist() if padded else [tokens] * len(before.lengths)
+        added = [count] * len(before.lengths) if isinstance(count, int) else count.tolist()
         self._check_room(before.lengths, added)
         lengths = [length + more for length, more in zip(before.lengths, added, strict=True)]
         return Growth(before, Rows(lengths, list(map(max, lengths, before.peaks))))
@@ -76,7 +76,7 @@ class Fill:
             return self.max_tokens
         return self._most if growth is None else max(growth.before.lengths)
 
-    def grow(self, count: Int64[Tensor, " b"], tokens: int, growth: Growth | None) -> None:
+    def grow(self, count: Int64[Tensor, " b"] | int, tokens: int, growth: Growth | None) -> None:
         """Add ``count`` tokens, at most ``tokens``, to each row."""
         most = min(self.max_tokens, self.held(growth) + tokens)
         self.lengths.add_(count)

@@ -1,4 +1,8 @@
-"""Buffers of keys and values by position: of every position, or of the latest ones in a ring."""
+"""Buffers of keys and values by position: of every position, or of the latest ones in a ring.
+
+Positions are one for each new token and row, ``[b, n]``, or one range for all rows where the host knows it: what is
+written and read are slices then, rather than scattered and gathered by index.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from flexnsa.types import KV
+
+Places = Int64[Tensor, "b n"] | range
+"""Positions of each row, or those of all rows, adjacent ones."""
 
 
 class Store:
@@ -51,17 +58,30 @@ class Store:
         k, v = (x.clone() if torch.is_grad_enabled() else x for x in (self.k, self.v))
         return self._cut(k, count), self._cut(v, count)
 
-    def put(self, position: Int64[Tensor, "b n"], kv: KV, keep: Bool[Tensor, "b n"] | None = None) -> None:
-        """Write keys and values of the given positions, of those where ``keep`` is true."""
+    def put(self, position: Places, kv: KV, keep: Bool[Tensor, "b n"] | None = None) -> None:
+        """Write keys and values of the given positions, of those where ``keep`` is true; all of a range, which fits."""
+        if isinstance(position, range):
+            first, *others = self._slices(position)
+            for store, new in zip((self.k, self.v), kv, strict=True):
+                new = new.detach()
+                store[:, :, first.start : first.stop].copy_(new[:, :, : len(first)])
+                for part in others:
+                    store[:, :, part.start : part.stop].copy_(new[:, :, -len(part) :])
+            return
         slot = self._kept(position, keep)
         for store, new in zip((self.k, self.v), kv, strict=True):
             store.scatter_(2, _rows_of(slot, new), new.detach())
 
-    def extended(self, position: Int64[Tensor, "b n"], kv: KV, keep: Bool[Tensor, "b n"] | None, count: int) -> KV:
-        """``put``, then ``first``, through which gradients reach ``kv``."""
+    def extended(self, position: Places, kv: KV, keep: Bool[Tensor, "b n"] | None, count: int) -> KV:
+        """``put``, then ``first``, through which gradients reach ``kv``. A range ends with position ``count - 1``."""
         if not torch.is_grad_enabled():
             self.put(position, kv, keep)
             return self.first(count)
+        if isinstance(position, range):
+            pairs = zip((self.k, self.v), kv, strict=True)
+            k, v = (torch.cat((x[:, :, : position.start], new), dim=2) for x, new in pairs)
+            self.put(position, kv)
+            return k, v
         slot = self._kept(position, keep)
         k, v = (x.scatter(2, _rows_of(slot, new), new) for x, new in zip((self.k, self.v), kv, strict=True))
         self.put(position, kv, keep)
@@ -81,6 +101,10 @@ class Store:
     def transform(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace both buffers by ``function`` of them."""
         self.k, self.v = function(self.k), function(self.v)
+
+    def _slices(self, position: range) -> list[range]:
+        """The slots of some adjacent positions, as runs of adjacent slots."""
+        return [position]
 
     def _kept(self, position: Tensor, keep: Tensor | None) -> Tensor:
         slot = self.slot(position)
@@ -117,6 +141,22 @@ class Ring(Store):
         index = self.slot(position).where(position < lengths[:, None], new)
         k, v = (torch.cat(pair, dim=2) for pair in zip((self.k, self.v), kv, strict=True))
         return k.gather(2, _rows_of(index, k)), v.gather(2, _rows_of(index, v)), begin
+
+    def before(self, kv: KV, position: range) -> KV:
+        """Keys and values of some positions that all rows hold, and then ``kv``."""
+        if not position:
+            return kv
+        parts = self._slices(position)
+        k, v = (
+            torch.cat([*(store[:, :, part.start : part.stop] for part in parts), new], dim=2)
+            for store, new in zip((self.k, self.v), kv, strict=True)
+        )
+        return k, v
+
+    def _slices(self, position: range) -> list[range]:
+        first = position.start % self.slots
+        wrapped = max(0, first + len(position) - self.slots)
+        return [range(first, first + len(position) - wrapped), *([range(wrapped)] if wrapped else [])]
 
 
 def _rows_of(index: Tensor, like: Tensor) -> Tensor:

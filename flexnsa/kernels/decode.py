@@ -15,11 +15,14 @@ from flexnsa.kernels.scoring import LOG2E
 from flexnsa.pages import PagedKV, Pages
 from flexnsa.types import BranchKV
 
-PROGRAMS = 1024
-"""Programs that fill a large device several times over, but whose partial results are small beside what they read."""
+WAVE = 396
+"""Programs that an H200 runs at a time, three on each multiprocessor."""
 
 MANY_LANES = 64
 """Lanes that keep a large device busy with little dividing: programs that start early only stand in the way there."""
+
+FEW_PARTS = 4
+"""Parts of a lane's selected blocks that one program merges; more have a launch of their own for that."""
 
 WHOLE_ROW = 1 << 30
 """The size of a page that a whole row is, so that rows of every size are read by one kernel."""
@@ -49,7 +52,7 @@ class Plan(NamedTuple):
         run: tiles of compressed tokens whose shares in the importance a program sums over the heads.
         compressed: programs that share a lane's compressed tokens.
         window: programs that share a lane's window.
-        selected: programs that share a lane's selected blocks; one alone also writes the output.
+        selected: programs that share a lane's selected blocks; up to ``FEW_PARTS`` write the output themselves.
         rows: heads that a program merges.
     """
 
@@ -76,12 +79,22 @@ def plan_step(lanes: int, blocks: int, config: NSAConfig, row_bytes: int, group:
     residues = _power(config.select_block // config.compress_stride)
     tile = max(1, widest // residues, 16 // residues)
     keys = min(widest, padded(config.select_block))
-    compressed = max(1, min(PROGRAMS // lanes, triton.cdiv(blocks, tile), 32))
-    window = 1 if lanes >= 256 else max(1, min(PROGRAMS // 2 // lanes, config.window // keys, 16))
-    selected = 1 if lanes >= MANY_LANES else max(1, min(256 // lanes, config.num_selected, 32))
+    compressed = min(_filling(lanes), triton.cdiv(blocks, tile), 32)
+    window = max(1, min(256 // lanes, config.window // keys, 16))
+    selected = max(1, min(128 // lanes, config.num_selected))
     rows = max(1, min(_power(group), 16 // _power(max(compressed, window, selected))))
-    run = max(1, (32 if lanes < MANY_LANES else 128) // tile)
+    shares = 512 if lanes < MANY_LANES else 4096
+    run = max(1, min(32, shares // padded(group) // tile))
     return Plan(tile, keys, stages, run, compressed, window, selected, rows)
+
+
+def _filling(lanes: int) -> int:
+    """Programs a lane that fill a few waves well: one that is not full takes as long as one that is."""
+    for waves in range(1, 8):
+        programs = waves * WAVE // lanes
+        if programs * lanes > 0.85 * waves * WAVE:
+            return programs
+    return 8 * WAVE // lanes or 1
 
 
 def paged_step(
@@ -191,7 +204,8 @@ def run_step(
     blocks, slots = config.num_blocks(layout.capacity), max(16, _power(config.num_selected))
     row_bytes = (padded(d) + padded(dv)) * q.element_size()
     plan = plan_step(lanes, blocks, config, row_bytes, group, shared_memory(q.device))
-    tiles, runs, merges = (
+    merges = plan.selected <= FEW_PARTS
+    tiles, runs, rows = (
         triton.cdiv(*x) for x in ((blocks, plan.blocks), (blocks, plan.run * plan.blocks), (group, plan.rows))
     )
     pitch = triton.cdiv(tiles * plan.blocks, 16) * 16
@@ -202,13 +216,13 @@ def run_step(
     arguments: dict[str, Any] = {
         "q": q, "lengths": lengths, "gates": gates, "out": out, "scale_log2": scale * LOG2E.value,
         "indices": scratch(config.num_selected, dtype=torch.int32), "arrived": scratch(dtype=torch.int32),
-        "mixed": scratch(group, dv), "sums": scratch(2, pitch), "shares": scratch(group, pitch, 2),
-        "tile_peaks": scratch(group, tiles), "pitch": pitch, "tiles_pitch": tiles, "heads": heads,
-        "capacity": layout.capacity, "BEHIND": layout.behind, "WIN_RING": layout.ring, "imp_programs": runs,
-        "G": group, "HEADS": padded(group), "D": d, "DV": dv, "D_PAD": padded(d), "DV_PAD": padded(dv),
-        "BLOCKS": plan.blocks, "RESIDUES": _power(config.select_block // config.compress_stride),
+        "mixed": scratch(group, dv), "sums": scratch(pitch), "shares": scratch(group, pitch),
+        "edges": scratch(group, tiles, 2), "tile_peaks": scratch(group, tiles), "pitch": pitch, "tiles_pitch": tiles,
+        "heads": heads, "capacity": layout.capacity, "BEHIND": layout.behind, "WIN_RING": layout.ring,
+        "imp_programs": runs, "G": group, "HEADS": padded(group), "D": d, "DV": dv, "D_PAD": padded(d),
+        "DV_PAD": padded(dv), "BLOCKS": plan.blocks, "RESIDUES": _power(config.select_block // config.compress_stride),
         "KEYS": plan.keys, "N": slots, "S": max(slots, 32, _power(blocks)), "TILES": plan.run,
-        "WIN_BLOCKS": _power(triton.cdiv(config.window - 1, config.select_block) + 1), "ALONE": plan.selected == 1,
+        "WIN_BLOCKS": _power(triton.cdiv(config.window - 1, config.select_block) + 1), "MERGES": merges,
         "ROWS": plan.rows, "STAGES": plan.stages,
         # Compressed keys wait for their page's number, which is therefore looked up as much earlier.
         "LATER_STAGES": 2 * plan.stages - 1, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
@@ -224,11 +238,11 @@ def run_step(
 
     compressed, selected, window = (_reading(part, layout.ring > 0) for part in pages)
     static = compressed | {_windowed(name): value for name, value in window.items()}
-    _launch(attend_static, (plan.compressed + plan.window, lanes), arguments | static, first=True)
-    _launch(select, (lanes, runs + merges), arguments)
+    _launch(attend_static, (lanes, plan.compressed + plan.window), arguments | static, first=True)
+    _launch(select, (lanes, runs + rows), arguments)
     _launch(attend_selected, (plan.selected, lanes), arguments | selected)
-    if plan.selected > 1:
-        _launch(add_selected, (merges, lanes), arguments)
+    if not merges:
+        _launch(add_selected, (rows, lanes), arguments)
     return arguments["indices"].view(batch, heads, 1, -1)
 
 

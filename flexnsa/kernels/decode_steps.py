@@ -36,7 +36,7 @@ from flexnsa.kernels.decode_parts import (
     store_part,
     window_tiles,
 )
-from flexnsa.kernels.topn import choose_among
+from flexnsa.kernels.topn import choose_among, load_scores
 
 NO_PAGE = tl.constexpr(-(2**31))  # what no table holds
 
@@ -47,7 +47,7 @@ _SIZES = ["capacity", "num_pages", "win_num_pages", "tiles_pitch", "table_row", 
 @triton.jit(do_not_specialize=_SIZES)
 def attend_static(
     q, k, v, table, win_k, win_v, win_table, lengths, cmp_part, cmp_peaks, cmp_totals, win_part, win_peaks, win_totals,
-    shares, tile_peaks, arrived, scale_log2, q_batch, q_head, q_dim,
+    shares, edges, tile_peaks, arrived, scale_log2, q_batch, q_head, q_dim,
     k_page, k_head, k_place, k_dim, v_page, v_head, v_place, v_dim, table_row, num_pages,
     win_k_page, win_k_head, win_k_place, win_k_dim, win_v_page, win_v_head, win_v_place, win_v_dim, win_table_row,
     win_num_pages, heads, capacity, cmp_programs, win_programs, pitch, tiles_pitch,
@@ -59,12 +59,13 @@ def attend_static(
 ):  # fmt: skip
     """What no selection decides: the first programs of a lane attend to compressed tokens, the others to the window.
 
-    A tile of compressed tokens are those that end in BLOCKS adjacent blocks. `shares` [lanes, G, pitch, 2] are what
-    a block's tokens add to its importance and, for tokens that begin before it, to that of the block before; over
-    2 ** `tile_peaks` [lanes, G, tiles_pitch]. A compressed token lies BEHIND places before its slot.
+    A tile of compressed tokens are those that end in BLOCKS adjacent blocks; what they leave, `_store_shares` says. A
+    compressed token lies BEHIND places before its slot. Those programs come first that have most to do.
     """
-    program, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    lane, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, kv_head = lane // heads, lane % heads
+    # Asked for while the length is on its way.
+    q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
     length = sequence_length(lengths, batch, capacity)
     if program < cmp_programs:
         if program == 0:
@@ -76,7 +77,6 @@ def attend_static(
         count = num_compressed(tl.where(first_page == NO_PAGE, 0, length), COMPRESS_BLOCK, COMPRESS_STRIDE)
         tiles = (compressed_blocks(count, RATIO, OVERLAP) + BLOCKS - 1) // BLOCKS
         if program < tiles:
-            q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
             peak = tl.full([HEADS], NOTHING, tl.float32)
             total = tl.zeros([HEADS, BLOCKS * RESIDUES], tl.float32)
             out = tl.zeros([HEADS, DV_PAD], tl.float32)
@@ -84,9 +84,6 @@ def attend_static(
             lane_head = lane * G + tl.arange(0, HEADS)
             is_head = tl.arange(0, HEADS) < G
             within = (row // RESIDUES) * RATIO + row % RESIDUES
-            residue = tl.arange(0, RESIDUES)[None, None, :]
-            # Tokens that a compressed token shares with the block in which it ends, in strides.
-            own = tl.minimum(residue + 1, OVERLAP)
             for tile in tl.range(program, tiles, cmp_programs, num_stages=LATER_STAGES):
                 begin = tile * (BLOCKS * RATIO)
                 slot = begin + within
@@ -107,18 +104,8 @@ def attend_static(
                 weights, peak, total, out = attend(
                     q_rows, k_rows, v_rows, inside, scale_log2, peak, total, out, PRECISION
                 )
-                weights = tl.reshape(weights, [HEADS, BLOCKS, RESIDUES])
-                if OVERLAP == 2:
-                    # The one token in two blocks counts once in each, and is added to both in the same way.
-                    here = tl.sum(tl.where(own == 2, weights * 2, 0.0), axis=2)
-                    before = tl.sum(tl.where(own == 1, weights, 0.0), axis=2)
-                else:
-                    here = tl.sum(weights * own.to(tl.float32), axis=2)
-                    before = tl.sum(weights * (OVERLAP - own).to(tl.float32), axis=2)
-                block = tile * BLOCKS + tl.arange(0, BLOCKS)
-                at = (lane_head[:, None] * pitch + block[None, :])[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-                tl.store(shares + at, tl.join(here, before), mask=is_head[:, None, None])
-                tl.store(tile_peaks + lane_head * tiles_pitch + tile, peak, mask=is_head)
+                _store_shares(weights, peak, shares, edges, tile_peaks, lane_head, is_head, tile, pitch, tiles_pitch,
+                              HEADS, BLOCKS, RESIDUES, OVERLAP)  # fmt: skip
             if EARLY:
                 gdc_launch_dependents()
             store_part(cmp_part, cmp_peaks, cmp_totals, lane, program, cmp_programs, peak, tl.sum(total, axis=1), out,
@@ -128,7 +115,6 @@ def attend_static(
         low = tl.maximum(length - WINDOW, 0)
         first, last = share(window_tiles(length, WINDOW, SELECT_BLOCK, KEYS), win_programs, program)
         if first < last:
-            q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
             blocks = low // SELECT_BLOCK + tl.arange(0, WIN_BLOCKS)
             at = blocks * SELECT_BLOCK
             found = locate(win_table + batch * win_table_row, at, at < length, win_num_pages, WIN_PAGE)
@@ -144,45 +130,88 @@ def attend_static(
 
 
 @triton.jit
-def _sum_heads(
-    shares, tile_peaks, cmp_peaks, cmp_totals, sums, lane, first, tiles, used, cmp_programs, pitch, tiles_pitch,
-    G: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, CMP_MOST: tl.constexpr, TILES: tl.constexpr,
+def _store_shares(
+    weights, peak, shares, edges, tile_peaks, lane_head, is_head, tile, pitch, tiles_pitch,
+    HEADS: tl.constexpr, BLOCKS: tl.constexpr, RESIDUES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write `sums` [lanes, 2, pitch]: the shares of a run of tiles as probabilities, summed over the heads."""
-    head, tile, column = tl.arange(0, HEADS), first + tl.arange(0, TILES), tl.arange(0, 2 * BLOCKS)
-    lane_head = lane * G + head
-    mask = (head < G)[:, None] & (tile < tiles)[None, :]
-    # Whole tiles are read, and so the loads are wide.
-    at = tile[:, None] * (2 * BLOCKS) + column[None, :]
-    found = tl.load(shares + (lane_head * pitch * 2)[:, None, None] + at[None, :, :], mask=mask[:, :, None], other=0.0)
-    peak = tl.load(tile_peaks + lane_head[:, None] * tiles_pitch + tile[None, :], mask=mask, other=NOTHING)
-    peaks, totals = load_totals(cmp_peaks, cmp_totals, lane_head, head < G, used, cmp_programs, CMP_MOST)
-    top, total = softmax_of_parts(peaks, totals)
-    # Scaled by 2 ** 64, which changes no order, so that blocks of probability 1e-45 still compare.
-    scale = power_of_two(peak - top[:, None] + 64.0) * (1.0 / tl.where(head < G, total, 1.0))[:, None]
-    at = (2 * lane + column % 2)[None, :] * pitch + tile[:, None] * BLOCKS + (column // 2)[None, :]
-    tl.store(sums + at, tl.sum(found * scale[:, :, None], axis=0), mask=(tile < tiles)[:, None])
+    """Leave what the tokens of a tile add to the importance of its blocks, over 2 ** `tile_peaks` [lanes, G, tiles].
+
+    `shares` [lanes, G, pitch] lack, in the last block of a tile, the tokens that also lie in the next tile's first, and
+    those that this one shares with the block before it. Both are in `edges` [lanes, G, tiles, 2]: what the tile adds to
+    the block before it, and what its last block adds to its predecessor.
+    """
+    weights, residue = tl.reshape(weights, [HEADS, BLOCKS, RESIDUES]), tl.arange(0, RESIDUES)[None, None, :]
+    column = tl.arange(0, BLOCKS)[None, :]
+    # Tokens that a compressed token shares with the block in which it ends, in strides.
+    own = tl.minimum(residue + 1, OVERLAP)
+    if OVERLAP == 2:
+        here = tl.sum(tl.where(own == 2, weights * 2, 0.0), axis=2)
+        before = tl.sum(tl.where(own == 1, weights, 0.0), axis=2)
+    else:
+        here = tl.sum(weights * own.to(tl.float32), axis=2)
+        before = tl.sum(weights * (OVERLAP - own).to(tl.float32), axis=2)
+    if OVERLAP > 1:
+        at = (lane_head * tiles_pitch + tile) * 2
+        tl.store(edges + at, tl.sum(tl.where(column == 0, before, 0.0), axis=1), mask=is_head)
+        tl.store(edges + at + 1, tl.sum(tl.where(column == BLOCKS - 1, before, 0.0), axis=1), mask=is_head)
+        if BLOCKS > 1:
+            index = tl.broadcast_to(tl.minimum(column + 1, BLOCKS - 1), [HEADS, BLOCKS])
+            here = tl.where(column < BLOCKS - 1, _joined(here, tl.gather(before, index, 1), before, OVERLAP), here)
+    tl.store(shares + lane_head[:, None] * pitch + tile * BLOCKS + column, here, mask=is_head[:, None])
+    tl.store(tile_peaks + lane_head * tiles_pitch + tile, peak, mask=is_head)
 
 
 @triton.jit
-def _importance(sums, lane, touched, pitch, OVERLAP: tl.constexpr, S: tl.constexpr):
-    """[1, S] importances, anything from `touched` on: what a block's tokens add to it, and what the next one's do."""
-    block = tl.arange(0, S)[None, :]
-    here, before = sums + 2 * lane * pitch, sums + (2 * lane + 1) * pitch
-    # Whole groups of 16, which lie in `sums`, so that the loads are wide.
-    mask = block < (touched + 15) // 16 * 16
-    found = tl.load(here + block, mask=mask, other=0.0)
+def _joined(here, after, before, OVERLAP: tl.constexpr):
+    """A block's importance of its own tokens, those of the next block, and those that it adds to the one before."""
+    if OVERLAP == 2:
+        # The one token in two blocks counts once in each, and is added to both in the same way.
+        return here + (after + before)
+    else:
+        return here + after
+
+
+@triton.jit
+def _sum_heads(
+    shares, edges, tile_peaks, cmp_peaks, cmp_totals, sums, lane, first, tiles, used, cmp_programs, pitch, tiles_pitch,
+    G: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, CMP_MOST: tl.constexpr, TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Write `sums` [lanes, pitch]: the importances of a run of tiles, as probabilities summed over the heads."""
+    head, tile, column = tl.arange(0, HEADS), first + tl.arange(0, TILES), tl.arange(0, BLOCKS)
+    lane_head = lane * G + head
+    mask = (head < G)[:, None] & (tile < tiles)[None, :]
+    # Whole tiles are read, and so the loads are wide.
+    place = tile[:, None] * BLOCKS + column[None, :]
+    found = tl.load(shares + (lane_head * pitch)[:, None, None] + place[None, :, :], mask=mask[:, :, None], other=0.0)
+    at = lane_head[:, None] * tiles_pitch + tile[None, :]
+    peak = tl.load(tile_peaks + at, mask=mask, other=NOTHING)
     if OVERLAP > 1:
-        reach = tl.load(before + block + 1, mask=block + 1 < touched, other=0.0)
-        if OVERLAP == 2:
-            reach += tl.load(before + block, mask=mask, other=0.0)
-        found += reach
-    return found
+        followed = mask & (tile + 1 < tiles)[None, :]
+        next_peak = tl.load(tile_peaks + at + 1, mask=followed, other=NOTHING)
+        after = tl.load(edges + at * 2 + 2, mask=followed, other=0.0)
+        before = tl.load(edges + at * 2 + 1, mask=mask, other=0.0)
+    peaks, totals = load_totals(cmp_peaks, cmp_totals, lane_head, head < G, used, cmp_programs, CMP_MOST)
+    top, total = softmax_of_parts(peaks, totals)
+    top = top[:, None]
+    inverse = 1.0 / tl.where(head < G, total, 1.0)[:, None]
+    # Scaled by 2 ** 64, which changes no order, so that blocks of probability 1e-45 still compare.
+    if OVERLAP > 1:
+        # The last block joins numbers of two tiles, over the larger of their peaks.
+        common = tl.maximum(peak, next_peak)
+        fade = power_of_two(peak - common)
+        after = after * power_of_two(next_peak - common)
+        end = _joined(found * fade[:, :, None], after[:, :, None], (before * fade)[:, :, None], OVERLAP)
+        end *= (power_of_two(common - top + 64.0) * inverse)[:, :, None]
+    found *= (power_of_two(peak - top + 64.0) * inverse)[:, :, None]
+    if OVERLAP > 1:
+        found = tl.where(column[None, None, :] == BLOCKS - 1, end, found)
+    tl.store(sums + lane * pitch + place, tl.sum(found, axis=0), mask=(tile < tiles)[:, None])
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def select(
-    lengths, cmp_part, cmp_peaks, cmp_totals, win_part, win_peaks, win_totals, shares, tile_peaks, arrived, sums,
+    lengths, cmp_part, cmp_peaks, cmp_totals, win_part, win_peaks, win_totals, shares, edges, tile_peaks, arrived, sums,
     indices, gates, mixed, gate_batch, gate_head, gate_branch,
     heads, capacity, imp_programs, cmp_programs, win_programs, pitch, tiles_pitch,
     G: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, DV_PAD: tl.constexpr,
@@ -208,17 +237,18 @@ def select(
         gdc_wait()
     if program < imp_programs:
         if program * TILES < tiles:
-            _sum_heads(shares, tile_peaks, cmp_peaks, cmp_totals, sums, lane, program * TILES, tiles, cmp_used,
-                       cmp_programs, pitch, tiles_pitch, G, HEADS, BLOCKS, CMP_MOST, TILES)  # fmt: skip
+            _sum_heads(shares, edges, tile_peaks, cmp_peaks, cmp_totals, sums, lane, program * TILES, tiles, cmp_used,
+                       cmp_programs, pitch, tiles_pitch, G, HEADS, BLOCKS, CMP_MOST, TILES, OVERLAP)  # fmt: skip
         if EARLY:
             gdc_launch_dependents()
         tl.debug_barrier()
         if tl.atomic_add(arrived + lane, 1, sem="acq_rel") == imp_programs - 1:
             one = tl.zeros([1, 1], tl.int32)
             current = (length + SELECT_BLOCK - 1) // SELECT_BLOCK - 1 + one
-            choose_among(_importance(sums, lane, touched, pitch, OVERLAP, S), indices + lane * NUM_SELECTED + one,
+            choose_among(load_scores(sums + lane * pitch + one, touched, S), indices + lane * NUM_SELECTED + one,
                          0, current, current, touched + one, NUM_SELECTED, NUM_INITIAL, NUM_LOCAL, S, N, 1,
                          False)  # fmt: skip
+            tl.store(arrived + lane, 0)  # for the next launch
     else:
         head = (program - imp_programs) * ROWS + tl.arange(0, ROWS)
         at, is_head = lane * G + head, head < G
@@ -246,14 +276,14 @@ def _load_mixed(mixed, lane, head, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl
 
 @triton.jit(do_not_specialize=_SIZES)
 def attend_selected(
-    q, k, v, table, lengths, indices, slc_part, slc_peaks, slc_totals, mixed, gates, out, scale_log2,
+    q, k, v, table, lengths, indices, arrived, slc_part, slc_peaks, slc_totals, mixed, gates, out, scale_log2,
     q_batch, q_head, q_dim, k_page, k_head, k_place, k_dim, v_page, v_head, v_place, v_dim, table_row, num_pages,
     gate_batch, gate_head, gate_branch, out_batch, out_head, out_dim, heads, capacity, slc_programs,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     SELECT_BLOCK: tl.constexpr, NUM_SELECTED: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr,
-    ALONE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    SLC_MOST: tl.constexpr, MERGES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attention to a run of the selected blocks; a program that is a lane's only one adds the other branches, too."""
+    """Attention to a run of the selected blocks. With MERGES a lane's last program to arrive finishes the output."""
     program, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv_head = lane // heads, lane % heads
     length = sequence_length(lengths, batch, capacity)
@@ -263,12 +293,13 @@ def attend_selected(
     if program == 0 or first < last:
         q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
         head = tl.arange(0, HEADS)
-        if ALONE:
+        if MERGES:
             gates += batch * gate_batch + kv_head * G * gate_head + gate_branch
             gate = load_gates(gates, gate_head, head, tl.where(length > 0, G, 0))
+            out += batch * out_batch + kv_head * G * out_head
         if EARLY:
             gdc_wait()
-        if ALONE:
+        if MERGES:
             others = _load_mixed(mixed, lane, head, G, DV, DV_PAD)
         entry = tl.arange(0, N)
         blocks = tl.load(indices + lane * NUM_SELECTED + entry, mask=entry < chosen, other=-1)
@@ -279,15 +310,22 @@ def attend_selected(
             k_page, k_place, k_dim, v_page, v_place, v_dim,
             N, HEADS, D, DV, D_PAD, DV_PAD, SELECT_BLOCK, PAGE, 0, KEYS, STAGES, PRECISION,
         )  # fmt: skip
-        if ALONE:
-            value = gate * divided(value, total) + others
-            out += batch * out_batch + kv_head * G * out_head
-            store_output(out, value, out_head, out_dim, head, G, DV, DV_PAD)
+        if SLC_MOST == 1:
+            store_output(out, gate * divided(value, total) + others, out_head, out_dim, head, G, DV, DV_PAD)
         else:
             if EARLY:
                 gdc_launch_dependents()
             store_part(slc_part, slc_peaks, slc_totals, lane, program, slc_programs, peak, total, value, G, HEADS, DV,
                        DV_PAD)  # fmt: skip
+            if MERGES:
+                used = programs_used(chosen * SUBS, slc_programs)
+                tl.debug_barrier()
+                if tl.atomic_add(arrived + lane, 1, sem="acq_rel") == tl.maximum(used, 1) - 1:
+                    row, is_head = lane * G + head, head < G
+                    values = load_values(slc_part, row, is_head, used, slc_programs, SLC_MOST, DV, DV_PAD)
+                    peaks, totals = load_totals(slc_peaks, slc_totals, row, is_head, used, slc_programs, SLC_MOST)
+                    merged = gate * merge_parts(peaks, totals, values) + others
+                    store_output(out, merged, out_head, out_dim, head, G, DV, DV_PAD)
 
 
 @triton.jit(do_not_specialize=_SIZES)
