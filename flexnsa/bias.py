@@ -12,7 +12,7 @@ from flexnsa.config import NSAConfig
 from flexnsa.dense import chunks
 from flexnsa.importance import check_scoring
 from flexnsa.layout import QueryTable, query_table
-from flexnsa.types import Selection
+from flexnsa.types import Positions, Selection
 from flexnsa_masks import MaskMod, ScoreMod
 from flexnsa_masks.selected import WORD, block_bits
 
@@ -28,7 +28,7 @@ def importance_bias(
     weight: float | Float[Tensor, ""] = 1.0,
     eps: float = 1e-6,
     scale: float | None = None,
-    positions: Int[Tensor, "*b tq"] | None = None,
+    positions: Positions | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
@@ -54,7 +54,7 @@ def importance_bias(
         weight: a number, or a tensor of one, which is then learned.
         eps: added to each importance, above 0.
         scale: softmax scale of the compressed branch, None for ``d ** -0.5``.
-        positions: int64 ``[tq]`` or ``[b, tq]``, None for ``0 .. tk-1``.
+        positions: int64 ``[tq]`` or ``[b, tq]`` or a range, None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, -1 for padding.
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
         score_mod: score mod of the compressed branch.

@@ -13,8 +13,8 @@ from flexnsa import checks
 from flexnsa.context import Attended, AttentionContext, Branch, Placing, Selector
 from flexnsa.engines import Impl
 from flexnsa.frames import Frames
-from flexnsa.gating import Deferred, check_recompute, combine
-from flexnsa.types import KV, AttentionOutput, Selection
+from flexnsa.gating import Deferred, Gated, check_recompute, combine, note_gate
+from flexnsa.types import KV, AttentionOutput, Positions, Selection
 from flexnsa_masks import MaskMod
 
 
@@ -79,7 +79,7 @@ class SparseAttention(nn.Module):
         kv: Mapping[str, KV],
         x: Float[Tensor, "b tq dim"],
         *,
-        positions: Int[Tensor, "*b tq"] | Mapping[str, Int[Tensor, "*b tq"]] | None = None,
+        positions: Positions | Mapping[str, Positions] | None = None,
         documents: Int[Tensor, "b tk"] | None = None,
         mask_mod: MaskMod | None = None,
         selection: Selection | None = None,
@@ -90,8 +90,8 @@ class SparseAttention(nn.Module):
             q: queries ``[b, hq, tq, d]``.
             kv: for each branch its ``(k, v)``.
             x: what the gate is made from, ``[b, tq, dim]``.
-            positions: int64 ``[tq]`` or ``[b, tq]``, None where ``tq == tk``; or one for each branch by name, where a
-                branch holds a part of the tokens and counts from the first of them.
+            positions: int64 ``[tq]`` or ``[b, tq]`` or a range, None where ``tq == tk``; or one for each branch by
+                name, where a branch holds a part of the tokens and counts from the first of them.
             documents: int ``[b, tk]``, -1 for padding.
             mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality, held by
                 every branch: a compressed token is visible iff all its tokens are, a block is a candidate iff any is.
@@ -106,11 +106,19 @@ class SparseAttention(nn.Module):
         """
         kept = self._order[: len(self._order) - len(self.recompute)]
         placing = Placing(None, documents, mask_mod)
-        context = self._attend(kept, q, kv, x, placing, positions, selection, lse_grad=self._differentiates_lse())
+        noted: list[AttentionOutput | Gated] = []
+        self._check(q, kv, positions, mask_mod)
+        gates = self._gates(q, x)
+        by_branch = dict(zip(self._order, gates.unbind(-1), strict=True))
+
+        def note(name: str, output: AttentionOutput) -> None:
+            noted.append(note_gate(by_branch[name], output))
+
+        lse_grad = self._differentiates_lse()
+        context = self._attend(kept, q, kv, x, placing, positions, selection, lse_grad=lse_grad, note=note)
         if self.recompute and self.selector is not None:
             context.given = context.selection  # made here, so that it is kept
-        deferred = [self._deferred(context, name, positions) for name in self.recompute]
-        return self._mix(context, [*context.outputs.values(), *deferred])
+        return combine(gates, [*noted, *(self._deferred(context, name, positions) for name in self.recompute)])
 
     def attend(
         self,
@@ -118,7 +126,7 @@ class SparseAttention(nn.Module):
         kv: Mapping[str, KV],
         x: Float[Tensor, "b tq dim"],
         *,
-        positions: Int[Tensor, "*b tq"] | Mapping[str, Int[Tensor, "*b tq"]] | None = None,
+        positions: Positions | Mapping[str, Positions] | None = None,
         documents: Int[Tensor, "b tk"] | None = None,
         mask_mod: MaskMod | None = None,
         selection: Selection | None = None,
@@ -127,11 +135,12 @@ class SparseAttention(nn.Module):
 
         ``forward`` is ``mix(attend(...))`` and takes the same arguments; ``recompute`` is heeded by ``forward`` alone.
         """
+        self._check(q, kv, positions, mask_mod)
         return self._attend(self._order, q, kv, x, Placing(None, documents, mask_mod), positions, selection)
 
     def mix(self, context: AttentionContext) -> Float[Tensor, "b hq tq dv"]:
         """The second half: the branches' outputs, each times its gate, summed to ``[b, hq, tq, dv]``."""
-        return self._mix(context, list(context.outputs.values()))
+        return combine(self._gates(context.q, context.x), list(context.outputs.values()))
 
     def _attend(
         self,
@@ -140,11 +149,11 @@ class SparseAttention(nn.Module):
         kv: Mapping[str, KV],
         x: Tensor,
         placing: Placing,
-        positions: Tensor | Mapping[str, Tensor] | None,
+        positions: Positions | Mapping[str, Positions] | None,
         selection: Selection | None,
         lse_grad: bool = True,
+        note: Callable[[str, AttentionOutput], None] = lambda name, output: None,
     ) -> AttentionContext:
-        self._check(q, kv, positions, placing.mask_mod)
         num_tokens = max(k.shape[2] for k, _ in kv.values())
         context = AttentionContext(q, x, kv, num_tokens, placing, self.impl, self.selector, lse_grad, given=selection)
         for name in names:
@@ -154,6 +163,7 @@ class SparseAttention(nn.Module):
             if name not in context.attended:
                 context.attended[name] = Attended(*kv[name])
             context.outputs[name] = output
+            note(name, output)
         return context
 
     def _differentiates_lse(self) -> bool:
@@ -162,7 +172,7 @@ class SparseAttention(nn.Module):
         return any(getattr(part, "differentiates_lse", True) for part in parts)
 
     def _deferred(
-        self, context: AttentionContext, name: str, positions: Tensor | Mapping[str, Tensor] | None
+        self, context: AttentionContext, name: str, positions: Positions | Mapping[str, Positions] | None
     ) -> Deferred:
         placing = _placed(context.placing, positions, name)
 
@@ -179,16 +189,16 @@ class SparseAttention(nn.Module):
         _check_obedience(context)
         return _checked(output, context.branch, context.q, v.shape[-1])
 
-    def _mix(self, context: AttentionContext, outputs: Sequence[AttentionOutput | Deferred]) -> Tensor:
-        gates = self.gate(context.x).to(context.q.dtype)
-        checks.check_gates(gates, context.q, branches=len(self._order))
-        return combine(gates, outputs)
+    def _gates(self, q: Tensor, x: Tensor) -> Tensor:
+        gates = self.gate(x).to(q.dtype)
+        checks.check_gates(gates, q, branches=len(self._order))
+        return gates
 
     def _check(
         self,
         q: Tensor,
         kv: Mapping[str, KV],
-        positions: Tensor | Mapping[str, Tensor] | None,
+        positions: Positions | Mapping[str, Positions] | None,
         mask_mod: MaskMod | None,
     ) -> None:
         named = {"kv": kv} | ({"positions": positions} if isinstance(positions, Mapping) else {})
@@ -203,7 +213,7 @@ class SparseAttention(nn.Module):
         checks.check_mask_mod(mask_mod, q)
 
 
-def _placed(placing: Placing, positions: Tensor | Mapping[str, Tensor] | None, name: str) -> Placing:
+def _placed(placing: Placing, positions: Positions | Mapping[str, Positions] | None, name: str) -> Placing:
     return placing._replace(positions=positions[name] if isinstance(positions, Mapping) else positions)
 
 

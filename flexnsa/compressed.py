@@ -8,7 +8,7 @@ from torch import Tensor
 from flexnsa import checks, engines, flash, flex, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
-from flexnsa.types import AttentionOutput
+from flexnsa.types import AttentionOutput, Positions
 from flexnsa_masks import MaskMod, ScoreMod
 
 
@@ -19,7 +19,7 @@ def compressed_attention(
     config: NSAConfig,
     *,
     scale: float | None = None,
-    positions: Int[Tensor, "*b tq"] | None = None,
+    positions: Positions | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
@@ -36,7 +36,7 @@ def compressed_attention(
         v_cmp: compressed values ``[b, hk, c, dv]``.
         config: the geometry.
         scale: softmax scale, None for ``d ** -0.5``.
-        positions: int64 ``[tq]`` or ``[b, tq]``, absolute positions of the queries, None for ``0 .. tq-1``.
+        positions: int64 ``[tq]`` or ``[b, tq]`` or a range, absolute positions of the queries, None for ``0 .. tq-1``.
         documents: int ``[b, tk]``, document of each KV token, -1 for padding.
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
         score_mod: FlexAttention score mod over absolute token numbers and query heads; a compressed token stands
@@ -71,14 +71,12 @@ def compressed_attention(
     if choice.engine == "flash":
         return flash.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale)
     engine = flex if choice.engine == "flex" else reference
-    out, lse = engine.compressed_attention(
-        q, k_cmp, v_cmp, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
-    )
+    out, lse = engine.compressed_attention(q, k_cmp, v_cmp, table, config, scale=scale, score_mod=score_mod)
     return AttentionOutput(out, lse if lse_grad else lse.detach())
 
 
 def _check_count(
-    q: Tensor, k_cmp: Tensor, config: NSAConfig, positions: Tensor | None, documents: Tensor | None
+    q: Tensor, k_cmp: Tensor, config: NSAConfig, positions: Positions | None, documents: Tensor | None
 ) -> None:
     """As many compressed tokens as the KV tokens make, wherever the call says how many those are."""
     if documents is None and positions is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flexnsa.checks import check_tensor, known_finite
 from flexnsa.config import NSAConfig
 from flexnsa.layout import compressed_starts
+from flexnsa.types import accumulator
 
 Compressor = Callable[..., tuple[Tensor, Tensor]]
 """Anything called as ``compressor(k, v, starts=...)`` that returns compressed keys and values."""
@@ -151,8 +152,16 @@ class MeanPool(BlockCompressor):
         return k_blocks.mean(-2), v_blocks.mean(-2)
 
     def _gather(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Blocks as they are: their mean is NaN or infinite where they are, and sends nothing back to parameters."""
-        return self._blocks(x, starts), None
+        """Blocks as they are: their mean is NaN or infinite where they are, and sends nothing back to parameters.
+
+        Blocks that overlap by whole strides are made of the strides' means: each token is then read once.
+        """
+        length, stride = self.config.compress_block, self.config.compress_stride
+        count, strides = self.config.num_compressed(x.shape[2]), length // stride
+        if starts is not None or length % stride or count == 0 or type(self).pool is not MeanPool.pool:
+            return self._blocks(x, starts), None
+        parts = x[:, :, : (count + strides - 1) * stride].unflatten(2, (-1, stride))
+        return parts.mean(3, dtype=accumulator(x)).unfold(2, strides, 1).movedim(-1, 3), None
 
 
 class _PerHead(BlockCompressor):

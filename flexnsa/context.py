@@ -12,7 +12,7 @@ from torch import Tensor
 from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
 from flexnsa.layout import query_table
-from flexnsa.types import KV, AttentionOutput, Selection
+from flexnsa.types import KV, AttentionOutput, Positions, Selection
 from flexnsa_masks import MaskMod, ScoreMod, and_masks, causal
 
 
@@ -41,7 +41,7 @@ class Placing(NamedTuple):
         mask_mod: what replaces causality in every branch, or None.
     """
 
-    positions: Int[Tensor, "*b tq"] | None = None
+    positions: Positions | None = None
     documents: Int[Tensor, "b tk"] | None = None
     mask_mod: MaskMod | None = None
 
@@ -82,7 +82,7 @@ class AttentionContext:
     given: Selection | None = None
 
     @property
-    def positions(self) -> Int[Tensor, "*b tq"] | None:
+    def positions(self) -> Positions | None:
         """Absolute positions of the queries, int64 ``[tq]`` or ``[b, tq]``; None for ``0 .. tk-1``."""
         self.read.add("positions")
         return self.placing.positions

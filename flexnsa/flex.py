@@ -6,6 +6,7 @@ On CUDA the call is compiled, once for the process; on a CPU FlexAttention runs 
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -38,13 +39,13 @@ def compressed_attention(
     config: NSAConfig,
     *,
     scale: float,
-    ordered: bool,
     score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
     """Attention to the compressed tokens that end at or before the query (Eq. 7).
 
-    ``ordered`` says that query t stands at position t: the mask is then arithmetic, and reads no table.
+    Where ``table.first`` is known the mask is arithmetic, and reads no table.
     """
+    _know_heads(q, k_cmp)
     count = k_cmp.shape[2]
     if count == 0:
         table, score_mod = table._replace(visible=None, mask_mod=None), None
@@ -60,11 +61,17 @@ def compressed_attention(
         k_cmp, v_cmp = (F.pad(x, (0, 0, 0, tiles * TILE - count)) for x in (k_cmp, v_cmp))
     shared = (table.position if seen is None else seen.last).shape[0] == 1
     if by_table and shared and _starved(q, k_cmp, v_cmp):
-        return _by_head(q, k_cmp, v_cmp, table, config, ordered, seen, scale)
+        return _by_head(q, k_cmp, v_cmp, table, config, seen, scale)
     if score_mod is not None:
         starts = compressed_starts(table.documents, config)
         score_mod = _placed(at_last_token(score_mod, starts, config), table, group=1)
-    return _attend(q, k_cmp, v_cmp, _compressed_mask(q, k_cmp, table, config, ordered, seen), score_mod, scale)
+    mask, static = _compressed_mask(q, k_cmp, table, config, seen), _is_static(table) and score_mod is None
+    return _attend(q, k_cmp, v_cmp, mask, score_mod, scale, static=static, runs=static)
+
+
+def _is_static(table: QueryTable) -> bool:
+    """Whether the mask follows from the lengths, and from where the queries begin."""
+    return table.first is not None and not table.packed and table.visible is None
 
 
 def _compressed_mask(
@@ -72,7 +79,6 @@ def _compressed_mask(
     k_cmp: Tensor,
     table: QueryTable,
     config: NSAConfig,
-    ordered: bool,
     seen: KeyRange | None,
     *,
     repeat: int = 1,
@@ -83,9 +89,10 @@ def _compressed_mask(
         starts = compressed_starts(table.documents, config)
         lifted = compressed_mask(table.visible, starts, config, table.num_tokens)
         return _mask(at_positions(lifted, table.position), q, k_cmp)
-    if ordered and not table.packed:
+    if _is_static(table):
+        assert table.first is not None
         sizes = (config.compress_block, config.compress_stride)
-        return static_mask("compressed", sizes, table.position, k_cmp.shape[2], repeat=repeat)
+        return static_mask("compressed", sizes, table.position, k_cmp.shape[2], first=table.first, repeat=repeat)
     return _mask(key_range(*table.compressed_range(config)), q, k_cmp, repeat=repeat)
 
 
@@ -97,19 +104,22 @@ def window_attention(
     config: NSAConfig,
     *,
     scale: float,
-    ordered: bool,
     score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
-    """Attention to the last ``window`` keys (section 3.3.3). ``ordered`` as in ``compressed_attention``."""
-    if ordered and not table.packed and table.visible is None:
-        mask = static_mask("sliding_window", (config.window,), table.position, k.shape[2])
+    """Attention to the last ``window`` keys (section 3.3.3); ``table.first`` as in ``compressed_attention``."""
+    _know_heads(q, k)
+    if _is_static(table):
+        assert table.first is not None
+        mask = static_mask("sliding_window", (config.window,), table.position, k.shape[2], first=table.first)
     else:
         seen = table.masked_range(q.shape[0])
         mask_mod = key_range(*table.window_range(config, seen))
         if table.visible is not None and seen is None:
             mask_mod = and_masks(mask_mod, at_positions(table.visible, table.position))
         mask = _mask(mask_mod, q, k)
-    return _attend(q, k, v, mask, None if score_mod is None else _placed(score_mod, table, group=1), scale)
+    static = _is_static(table) and score_mod is None
+    score_mod = None if score_mod is None else _placed(score_mod, table, group=1)
+    return _attend(q, k, v, mask, score_mod, scale, static=static)
 
 
 def selected_attention(
@@ -128,6 +138,7 @@ def selected_attention(
     The heads of a group share their blocks, so they are folded into the query axis (row = token * g + head): a tile of
     rows then spans few tokens, and the union of their blocks stays small.
     """
+    _know_heads(q, k)
     group = q.shape[1] // k.shape[1]
     member = selected(
         selection.indices,
@@ -152,6 +163,13 @@ def selected_attention(
     )
 
 
+def _know_heads(q: Tensor, k: Tensor) -> None:
+    """Make constants of the heads in a graph of all sizes: lowered, FlexAttention looks at the bits of their ratio."""
+    if torch.compiler.is_compiling():
+        operator.index(q.shape[1])
+        operator.index(k.shape[1])
+
+
 def _starved(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether there will be a backward with too few programs for dK and dV, one for each KV head and tile of keys."""
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -164,17 +182,18 @@ def _by_head(
     v: Tensor,
     table: QueryTable,
     config: NSAConfig,
-    ordered: bool,
     seen: KeyRange | None,
     scale: float,
 ) -> AttentionOutput:
     """The heads of a group along the batch, over one K and V: each adds up dK and dV of its own, summed at the end."""
     batch, group = q.shape[0], q.shape[1] // k.shape[1]
-    mask = _compressed_mask(q, k, table, config, ordered, seen, repeat=group)
+    mask = _compressed_mask(q, k, table, config, seen, repeat=group)
     # b (hk g) t d -> g (b hk) t d and back; einops takes longer than such a call can spare.
     q = q.unflatten(1, (-1, group)).movedim(2, 0).flatten(1, 2)
     k, v = (x.flatten(0, 1)[None] for x in (k, v))
-    out, lse = (x.unflatten(1, (batch, -1)).movedim(0, 2).flatten(1, 2) for x in _attend(q, k, v, mask, None, scale))
+    static = _is_static(table)
+    output = _attend(q, k, v, mask, None, scale, static=static, runs=static)
+    out, lse = (x.unflatten(1, (batch, -1)).movedim(0, 2).flatten(1, 2) for x in output)
     return AttentionOutput(out, lse)
 
 
@@ -228,6 +247,8 @@ def _attend(
     scale: float,
     *,
     lookup: bool = False,
+    static: bool = False,
+    runs: bool = False,
 ) -> AttentionOutput:
     if not torch.is_grad_enabled():  # On a CPU FlexAttention refuses tensors that require grad even then.
         q, k, v = q.detach(), k.detach(), v.detach()
@@ -239,18 +260,24 @@ def _attend(
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=_options(q, k, lookup),
+        kernel_options=_options(q, k, v, lookup, static, runs),
         return_aux=AuxRequest(lse=True),
     )
     assert aux.lse is not None
     return AttentionOutput(out, aux.lse)
 
 
-def _options(q: Tensor, k: Tensor, lookup: bool) -> FlexKernelOptions | None:
+def _options(q: Tensor, k: Tensor, v: Tensor, lookup: bool, static: bool, runs: bool) -> FlexKernelOptions | None:
     """Options of FlexAttention's kernels; ``lookup`` where the mask mod looks up a word for each pair.
 
     The lookup is pipelined with K and V. At FlexAttention's three stages that is too much for an H200's shared memory
     in 16 bits: by 1 KiB in the backward at d = 128, and by 17 KiB in the forward at d = 64, whose tiles are wider.
+
+    ``static`` where the mask mod is arithmetic: with nothing else in shared memory, tiles of 128 keys fit Hopper's at
+    d = 128 too, and are 5 to 9% faster forward than the 64 that FlexAttention takes.
+
+    ``runs`` where the tiles that are visited lie side by side, those to mask and the others, as long as the lengths are
+    of whole tiles: the backward then looks up the first alone, and is 5% faster.
     """
     if q.device.type != "cuda":
         return None
@@ -259,11 +286,19 @@ def _options(q: Tensor, k: Tensor, lookup: bool) -> FlexKernelOptions | None:
     if not torch.compiler.is_compiling() and q.shape[2] % TILE == 0 and k.shape[2] % TILE == 0:
         # The graph of all lengths checks every key against the end; lengths of whole tiles get one that need not.
         options["IS_DIVISIBLE"] = True
+        if runs:
+            options["bwd_BLOCKS_ARE_CONTIGUOUS"] = True
     if lookup:
         options["bwd_num_stages"] = 2
         if q.shape[3] <= 64:
             options["fwd_num_stages"] = 2
+    if static and q.shape[3] == 128 and v.shape[3] <= 128 and q.element_size() == 2 and _is_hopper(q):
+        options |= {"fwd_BLOCK_N": TILE, "fwd_num_stages": 3}
     return cast(FlexKernelOptions, options)
+
+
+def _is_hopper(q: Tensor) -> bool:
+    return torch.cuda.get_device_properties(q.device).major == 9
 
 
 def _attention_function(q: Tensor) -> Callable[..., tuple[Tensor, AuxOutput]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -11,12 +11,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flexnsa.compiled import call_compiled
 from flexnsa.engines import TRITON_INSTALLED
 from flexnsa.types import AttentionOutput
 
-FUSED_NUMBERS = 2**22
-"""Numbers of an output from which on an eager call on CUDA mixes the branches in one compiled pass over memory."""
+KERNEL_NUMBERS = 2**22
+"""Numbers of an output from which on an eager call on CUDA mixes the branches by a kernel, in one pass over memory."""
+
+
+class Gated(NamedTuple):
+    """A branch's output whose gate waits in the backward: what comes back to it there is the gradient of the sum.
+
+    Attributes:
+        out: the output, not yet times its gate.
+        lse: its LSE.
+    """
+
+    out: Tensor
+    lse: Tensor
 
 
 class Deferred(NamedTuple):
@@ -42,8 +53,21 @@ def check_recompute(recompute: Collection[str], branches: Sequence[str]) -> None
         )
 
 
+def note_gate(gate: Float[Tensor, "b hq tq"], output: AttentionOutput) -> AttentionOutput | Gated:
+    """The output with its gate, for ``combine``: called right after a branch ran, it saves memory in the backward.
+
+    Autograd goes through what was done last first. A gate that is noted before the next branch runs is multiplied in
+    when the backward of the next branch is done and its gradients are freed; else all branches' gradients, each as
+    large as an output, are made before the first is used. What does not run by the kernel is returned as it is.
+    """
+    if not _by_kernel(gate, output):
+        return output
+    out = output.out if output.out.stride(-1) == 1 else output.out.contiguous()
+    return Gated(_Weigh.apply(gate, out, output.lse), output.lse)
+
+
 def combine(
-    gates: Float[Tensor, "b hq tq branches"], outputs: Sequence[AttentionOutput | Deferred]
+    gates: Float[Tensor, "b hq tq branches"], outputs: Sequence[AttentionOutput | Gated | Deferred]
 ) -> Float[Tensor, "b hq tq dv"]:
     """``sum over branches c of g_c * out_c``, in the order of ``outputs``, the deferred ones last.
 
@@ -57,11 +81,11 @@ def combine(
     """
     if not torch.is_grad_enabled():
         outputs = [output.attend() if isinstance(output, Deferred) else output for output in outputs]
-    kept = [output for output in outputs if isinstance(output, AttentionOutput)]
+    kept = [output for output in outputs if not isinstance(output, Deferred)]
     if len(kept) == len(outputs):
-        return _gated(gates, kept)
+        return _mixed(gates, kept)
     # Summed outside of the checkpoints, which keep what they are given.
-    parts = [_gated(gates[..., : len(kept)], kept)] if kept else []
+    parts = [_mixed(gates[..., : len(kept)], kept)] if kept else []
     for gate, output in zip(gates.split(1, dim=-1), outputs, strict=True):
         if isinstance(output, Deferred):
             attend = output.attend
@@ -70,14 +94,25 @@ def combine(
 
 
 def _attend_gated(gate: Tensor, attend: Callable[[], AttentionOutput]) -> Tensor:
-    return _gated(gate, [attend()])
+    return _mixed(gate, [attend()])
 
 
-def _gated(gates: Tensor, outputs: Sequence[AttentionOutput]) -> Tensor:
-    outs, lses = zip(*outputs, strict=True)
-    fused = TRITON_INSTALLED and outs[0].device.type == "cuda" and not torch.compiler.is_compiling()
-    if fused and outs[0].numel() >= FUSED_NUMBERS:
-        mixed: Tensor = call_compiled(_mix, gates, outs, lses)
+def _by_kernel(gate: Tensor, output: AttentionOutput) -> bool:
+    out = output.out
+    if torch.compiler.is_compiling():  # Inductor fuses it with what is around
+        return False
+    known = TRITON_INSTALLED and out.device.type == "cuda" and type(out) is Tensor and type(gate) is Tensor
+    return known and out.numel() >= KERNEL_NUMBERS and gate.dtype == out.dtype != torch.float64
+
+
+def _mixed(gates: Tensor, outputs: Sequence[AttentionOutput | Gated]) -> Tensor:
+    noted = [
+        note_gate(gate, output) if isinstance(output, AttentionOutput) else output
+        for gate, output in zip(gates.unbind(-1), outputs, strict=True)
+    ]
+    outs, lses = zip(*noted, strict=True)
+    if isinstance(noted[0], Gated):
+        mixed: Tensor = _Sum.apply(gates.detach(), lses, *outs)
         return mixed
     return _mix(gates, outs, lses)
 
@@ -88,6 +123,38 @@ def _mix(gates: Tensor, outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> T
         for gate, out, lse in zip(gates.unbind(-1), outs, lses, strict=True)
     )
     return sum(others, start=first)
+
+
+class _Weigh(torch.autograd.Function):
+    """An output as it is; in the backward, the gradients of its gate and of itself from that of the weighted sum."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, out, lse)
+        return out.view_as(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        from flexnsa.kernels.gates import weigh  # imports triton
+
+        return *weigh(grad, *ctx.saved_tensors), None
+
+
+class _Sum(torch.autograd.Function):
+    """The weighted sum of outputs that went through ``_Weigh``, to each of which it hands its own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, lses: tuple[Tensor, ...], *outs: Tensor) -> Tensor:
+        from flexnsa.kernels.gates import mix  # imports triton
+
+        return mix(gates, outs, lses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        return None, None, *(grad if needed else None for needed in ctx.needs_input_grad[2:])
 
 
 class SigmoidGate(nn.Module):

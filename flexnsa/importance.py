@@ -8,6 +8,7 @@ from torch import Tensor
 from flexnsa import checks, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
+from flexnsa.types import Positions
 from flexnsa_masks import MaskMod, ScoreMod
 
 
@@ -19,7 +20,7 @@ def block_importance(
     *,
     num_tokens: int,
     scale: float | None = None,
-    positions: Int[Tensor, "*b tq"] | None = None,
+    positions: Positions | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
@@ -36,7 +37,7 @@ def block_importance(
         config: the geometry.
         num_tokens: KV tokens tk; ``s = ceil(tk / select_block)``.
         scale: softmax scale of the compressed branch, None for ``d ** -0.5``.
-        positions: int64 ``[tq]`` or ``[b, tq]``, None for ``0 .. tk-1``.
+        positions: int64 ``[tq]`` or ``[b, tq]`` or a range, None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, -1 for padding; block ids then count from the document's start.
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
         score_mod: FlexAttention score mod over absolute token numbers and query heads, that of the compressed

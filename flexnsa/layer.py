@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -27,8 +26,8 @@ from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
 from flexnsa.gating import SigmoidGate, check_recompute
 from flexnsa.layout import check_documents, compressed_starts, document_starts, resolve_positions
-from flexnsa.rotary import rotate
-from flexnsa.types import KV, BranchKV
+from flexnsa.rotary import Turns, turned, turns
+from flexnsa.types import KV, BranchKV, accumulator
 from flexnsa_masks import MaskMod
 
 BRANCHES = BranchKV._fields
@@ -241,23 +240,25 @@ class NativeSparseAttention(nn.Module):
         position, block_end = self._positions(raw[0], documents)
         if rows is not None:
             resolve_positions(rows, x[:, None], position.shape[1])  # only now is the number of tokens known
-        q = self._query(x, position if rows is None else _at(position, rows))
-        compressed = compress(self.compressor, *self._before(raw, position), self.config, documents=documents)
+        by = self._turns(x, position)
+        q = self._query(x, by if rows is None else self._turns(x, _at(position, rows)))
+        compressed = compress(self.compressor, *self._before(raw, by), self.config, documents=documents)
         return q, BranchKV(
             self._after(compressed, block_end),
-            self._key("selected", selected, position),
-            self._key("window", window, position),
+            self._key("selected", selected, by),
+            self._key("window", window, by),
         )
 
     def _forward_cached(self, x: Tensor, cache: NSACache, documents: Tensor | None) -> Tensor:
         check_cache(cache, x, self.config, (self.num_kv_heads, self.head_dim, self.value_dim))
         append = Append(cache, x.shape[1], documents)
         x = append.pack(x)
-        q = self._query(x, append.position)
+        by = self._turns(x, append.position)
+        q = self._query(x, by)
         raw, *others = _by_branch({name: self._key_value(name, x) for name in self.k_proj})
-        raw = self._before(raw, append.position)
+        raw = self._before(raw, by)
         check_cache_dtype(cache, q)
-        selected, window = (self._key(name, kv, append.position) for name, kv in zip(BRANCHES[1:], others, strict=True))
+        selected, window = (self._key(name, kv, by) for name, kv in zip(BRANCHES[1:], others, strict=True))
         blocks = append.blocks(raw)
         compressed = None if blocks is None else self._compressed(blocks)
         if takes_kernels(self.attention, q, cache):
@@ -273,31 +274,36 @@ class NativeSparseAttention(nn.Module):
 
     def _compressed(self, blocks: Blocks) -> KV:
         compressed = compress(self.compressor, blocks.k, blocks.v, self.config, starts=blocks.starts)
-        end = blocks.number * self.config.compress_stride + self.config.compress_block - 1
-        return self._after(compressed, end)
+        return self._after(compressed, blocks.ends(self.config))
 
     def _output(self, out: Tensor) -> Tensor:
-        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _query(self, x: Tensor, position: Tensor) -> Tensor:
-        return self._place(self.q_norm(_heads(self.q_proj(x), self.head_dim)), position)
+    def _query(self, x: Tensor, by: Turns | None) -> Tensor:
+        return self._place(self.q_norm(_heads(self.q_proj(x), self.head_dim)), by)
 
-    def _key(self, name: str, kv: KV, position: Tensor) -> KV:
-        return self._place(self.k_norm[name](kv[0]), position), kv[1]
+    def _key(self, name: str, kv: KV, by: Turns | None) -> KV:
+        return self._place(self.k_norm[name](kv[0]), by), kv[1]
 
-    def _before(self, raw: KV, position: Tensor) -> KV:
+    def _before(self, raw: KV, by: Turns | None) -> KV:
         """What the compressor takes."""
-        return self._key("compressed", raw, position) if self.compress_rotated else raw
+        return self._key("compressed", raw, by) if self.compress_rotated else raw
 
     def _after(self, compressed: KV, block_end: Tensor) -> KV:
         """What the queries meet."""
-        return compressed if self.compress_rotated else self._key("compressed", compressed, block_end)
+        if self.compress_rotated:
+            return compressed
+        return self._key("compressed", compressed, self._turns(compressed[0], block_end))
 
     def _key_value(self, name: str, x: Tensor) -> KV:
         return _heads(self.k_proj[name](x), self.head_dim), _heads(self.v_proj[name](x), self.value_dim)
 
-    def _place(self, x: Tensor, position: Tensor) -> Tensor:
-        return x if self.rope_theta is None else rotate(x, position, self.rope_theta)
+    def _turns(self, x: Tensor, position: Tensor) -> Turns | None:
+        """The rotary embedding of these positions, for numbers as exact as ``x``."""
+        return None if self.rope_theta is None else turns(position, self.head_dim, self.rope_theta, accumulator(x))
+
+    def _place(self, x: Tensor, by: Turns | None) -> Tensor:
+        return x if by is None else turned(x, by)
 
     def _positions(self, k: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Position in its document of each token, and of the last token of each compressed token's block."""
@@ -326,7 +332,7 @@ def _projected_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
 
 
 def _heads(x: Tensor, dim: int) -> Tensor:
-    return rearrange(x, "b t (h d) -> b h t d", d=dim)
+    return x.unflatten(-1, (x.shape[-1] // dim, dim)).transpose(1, 2)
 
 
 class _HeadNorm(nn.RMSNorm):

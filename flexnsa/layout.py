@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flexnsa.checks import check_mask_mod, values_are_checked
 from flexnsa.config import NSAConfig
+from flexnsa.types import Positions
 from flexnsa_masks import MaskMod, and_masks, document, interval_of
 from flexnsa_masks.geometry import name_of
 
@@ -47,6 +48,7 @@ class QueryTable(NamedTuple):
         num_tokens: KV tokens tk, or None where the caller cannot know it.
         mask_mod: the call's mask mod, documents not included, or None.
         end: last token of the query's document; None without documents, or without a mask mod.
+        first: where query 0 stands, if query t of each row stands t tokens after it; None where the host cannot know.
     """
 
     position: Int64[Tensor, "b tq"]
@@ -57,6 +59,7 @@ class QueryTable(NamedTuple):
     num_tokens: int | None = None
     mask_mod: MaskMod | None = None
     end: Int64[Tensor, "b tq"] | None = None
+    first: int | None = None
 
     @property
     def packed(self) -> bool:
@@ -110,6 +113,7 @@ class QueryTable(NamedTuple):
             start=self.start[:, queries],
             offset=self.offset[:, queries],
             end=None if self.end is None else self.end[:, queries],
+            first=None if self.first is None else self.first + (queries.start or 0),
         )
 
 
@@ -150,7 +154,7 @@ def query_table(
     config: NSAConfig,
     *,
     num_tokens: int | None,
-    positions: Int[Tensor, "*b tq"] | None = None,
+    positions: Positions | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
     mask_mod: MaskMod | None = None,
 ) -> QueryTable:
@@ -160,7 +164,8 @@ def query_table(
         q: queries; only the shape and device are read.
         config: the geometry.
         num_tokens: tk, or None where the caller cannot know it (compressed keys alone do not fix it).
-        positions: int64 ``[tq]`` or ``[b, tq]``, strictly increasing, in ``0 .. tk-1``; None for ``0 .. tk-1``.
+        positions: int64 ``[tq]`` or ``[b, tq]``, strictly increasing, in ``0 .. tk-1``; or a range of them; None for
+            ``0 .. tk-1``.
         documents: int ``[b, tk]``, non-decreasing ids, -1 for padding on either side.
         mask_mod: FlexAttention mask mod over absolute token numbers, in place of causality.
 
@@ -172,10 +177,11 @@ def query_table(
         num_tokens = documents.shape[-1] if num_tokens is None else num_tokens
         check_documents(documents, q, num_tokens)
     position = resolve_positions(positions, q, num_tokens)
+    first = 0 if positions is None else positions.start if isinstance(positions, range) else None
     if documents is None:
         num_tokens = q.shape[2] if num_tokens is None and positions is None else num_tokens
-        zero = torch.zeros_like(position) if positions is not None else _counted(q)[1]
-        return QueryTable(position, zero, zero, visible=mask_mod, num_tokens=num_tokens, mask_mod=mask_mod)
+        zero = torch.zeros_like(position) if first is None else _counted(q, first)[1]
+        return QueryTable(position, zero, zero, None, mask_mod, num_tokens, mask_mod, None, first)
     # Indices out of range are refused above where values may be read; elsewhere they must at least stay in memory.
     at = position.clamp(0, documents.shape[1] - 1).expand(documents.shape[0], -1)
     real = documents.gather(1, at) >= 0
@@ -191,6 +197,7 @@ def query_table(
         num_tokens,
         mask_mod,
         None if mask_mod is None else _document_ends(documents).gather(1, at),
+        first,
     )
 
 
@@ -269,7 +276,7 @@ def _complete_blocks(documents: Tensor, start: Tensor, config: NSAConfig) -> Ten
     return same & (end < tokens) & (documents >= 0) & ((index - start) % config.compress_stride == 0)
 
 
-def resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | None) -> Tensor:
+def resolve_positions(positions: Positions | None, q: Tensor, num_tokens: int | None) -> Tensor:
     """Positions as int64 ``[b|1, tq]``, checked against the queries, and against tk where the caller knows it."""
     batch, queries = q.shape[0], q.shape[2]
     if positions is None:
@@ -278,9 +285,14 @@ def resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | Non
                 f"positions is None, which needs as many queries as KV tokens, got tq={queries} and tk={num_tokens}; "
                 f"pass positions=, the absolute position of each query"
             )
-        return _counted(q)[0]
+        return _counted(q, 0)[0]
+    if isinstance(positions, range):
+        _check_range(positions, queries, num_tokens)
+        return _counted(q, positions.start)[0]
     if not isinstance(positions, Tensor):
-        raise TypeError(f"positions must be a tensor [tq] or [b, tq], got {type(positions).__name__}; use torch.tensor")
+        raise TypeError(
+            f"positions must be a tensor [tq] or [b, tq], or a range, got {type(positions).__name__}; use torch.tensor"
+        )
     if positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"positions must be int64, got {positions.dtype}; convert it with .long()")
     if positions.shape not in ((queries,), (1, queries), (batch, queries)):
@@ -294,28 +306,42 @@ def resolve_positions(positions: Tensor | None, q: Tensor, num_tokens: int | Non
     return positions.reshape(-1, queries).long()
 
 
-def _counted(q: Tensor) -> tuple[Tensor, Tensor]:
-    """0 .. tq-1 and as many zeros, int64 ``[1, tq]``, for queries ``[b, hq, tq, d]``; not to be written to.
+def _counted(q: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """``first .. first+tq-1`` and as many zeros, int64 ``[1, tq]``, for queries ``[b, hq, tq, d]``; only to be read.
 
     Kept between eager calls on CUDA, where each of a call's stages would launch two kernels for them; but not where
     tensors hold no values yet, as fake ones, or those of a CUDA graph's capture.
     """
-    if q.device.type != "cuda" or torch.compiler.is_compiling() or type(q) is not Tensor or q.shape[2] > _LONGEST_KEPT:
-        return _count(q.shape[2], q.device)
-    if torch.cuda.is_current_stream_capturing():
-        return _count(q.shape[2], q.device)
-    # Another stream would have to wait for them.
-    return _count_once(q.shape[2], q.device, torch.cuda.current_stream(q.device).cuda_stream)
+    queries, eager = q.shape[2], type(q) is Tensor and not torch.compiler.is_compiling()
+    # Kernels are compiled anew for tensors that begin between multiples of 16 bytes.
+    keep = first + queries <= _LONGEST_KEPT and first % 2 == 0
+    if q.device.type != "cuda" or not eager or not keep or torch.cuda.is_current_stream_capturing():
+        return _count(first, queries, q.device)
+    # Another stream would have to wait for them. A power of two serves all chunks of a prompt, and lengths like it.
+    most = 1 << (first + queries - 1).bit_length()
+    position, zero = _count_once(most, q.device, torch.cuda.current_stream(q.device).cuda_stream)
+    return position[:, first : first + queries], zero[:, :queries]
 
 
-def _count(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.arange(queries, device=device)[None], torch.zeros(1, queries, dtype=torch.int64, device=device)
+def _count(first: int, queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    position = torch.arange(first, first + queries, device=device)[None]
+    return position, torch.zeros(1, queries, dtype=torch.int64, device=device)
 
 
 @functools.lru_cache(maxsize=8)
 def _count_once(queries: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # what a validation makes, training must be able to save for its backward
-        return _count(queries, device)
+        return _count(0, queries, device)
+
+
+def _check_range(positions: range, queries: int, num_tokens: int | None) -> None:
+    if positions.step != 1 or len(positions) != queries:
+        raise ValueError(f"positions must be a range of step 1 over tq={queries} tokens, got {positions}")
+    if positions.start < 0 or (num_tokens is not None and positions.stop > num_tokens):
+        raise ValueError(
+            f"positions must lie in 0 .. {'tk-1' if num_tokens is None else num_tokens - 1}, got {positions}; every "
+            f"query is one of the KV tokens"
+        )
 
 
 def _check_position_values(positions: Tensor, num_tokens: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -14,11 +14,11 @@ from flexnsa.compressed import compressed_attention
 from flexnsa.compression import Compressor, compress
 from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
-from flexnsa.gating import Deferred, check_recompute, combine
+from flexnsa.gating import Deferred, Gated, check_recompute, combine, note_gate
 from flexnsa.layout import check_documents, resolve_positions
 from flexnsa.selected import selected_attention
 from flexnsa.selection import select_blocks
-from flexnsa.types import AttentionOutput, BranchKV, Selection
+from flexnsa.types import AttentionOutput, BranchKV, Positions, Selection
 from flexnsa.window import window_attention
 from flexnsa_masks import MaskMod
 
@@ -31,7 +31,7 @@ def native_sparse_attention(
     compressor: Compressor | None,
     *,
     scale: float | None = None,
-    positions: Int[Tensor, "*b tq"] | None = None,
+    positions: Positions | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
     selection: Selection | None = None,
     mask_mod: MaskMod | None = None,
@@ -55,8 +55,8 @@ def native_sparse_attention(
         config: the geometry.
         compressor: makes compressed tokens of ``kv.compressed``; None where that holds compressed tokens already.
         scale: softmax scale of every branch, None for ``d ** -0.5``.
-        positions: int64 ``[tq]`` or ``[b, tq]``, strictly increasing absolute positions of the queries among the KV
-            tokens; None where ``tq == tk``.
+        positions: int64 ``[tq]`` or ``[b, tq]`` or a range, strictly increasing absolute positions of the queries among
+            the KV tokens; None where ``tq == tk``.
         documents: int ``[b, tk]``, non-decreasing document ids of packed rows, -1 for padding, which outputs 0.
         selection: blocks to attend to instead of the most important ones: replays a choice.
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
@@ -83,17 +83,19 @@ def native_sparse_attention(
     num_tokens = kv.selected[0].shape[2]
     resolve_positions(positions, q, num_tokens)  # refused here, since compressed tokens alone do not tell tk
 
+    gate, *by_branch = gates.unbind(-1)
     k_cmp, v_cmp = compress(compressor, *kv.compressed, config, documents=documents)
     compressed = compressed_attention(q, k_cmp, v_cmp, config, lse_grad=False, **options)
     if selection is None:
         selection = select_blocks(q, k_cmp, compressed.lse, config, num_tokens=num_tokens, **options)
-    selected = partial(selected_attention, q, *kv.selected, selection, config, **options)
-    window = partial(window_attention, q, *kv.window, config, lse_grad=False, **options)
-    return combine(gates, (compressed, _attend("selected", selected, recompute), _attend("window", window, recompute)))
-
-
-def _attend(name: str, attend: Callable[[], AttentionOutput], recompute: Collection[str]) -> AttentionOutput | Deferred:
-    return Deferred(attend) if name in recompute else attend()
+    attend = {
+        "selected": partial(selected_attention, q, *kv.selected, selection, config, **options),
+        "window": partial(window_attention, q, *kv.window, config, lse_grad=False, **options),
+    }
+    outputs: list[AttentionOutput | Gated | Deferred] = [note_gate(gate, compressed)]
+    for name, gate in zip(attend, by_branch, strict=True):
+        outputs.append(Deferred(attend[name]) if name in recompute else note_gate(gate, attend[name]()))
+    return combine(gates, outputs)
 
 
 def _check(q: Tensor, kv: BranchKV, gates: Tensor, compressor: Compressor | None, documents: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from flexnsa.config import NSAConfig
-from flexnsa.dense import Modify, Visible, attention, chunks, dot_products, full_precision
+from flexnsa.dense import Modify, Reach, Visible, attention, chunks, dot_products, full_precision
 from flexnsa.layout import KeyRange, QueryTable, compressed_starts, document_starts
 from flexnsa.types import AttentionOutput, Selection, accumulator
 from flexnsa.visibility import at_last_token, candidate_mask, compressed_mask
@@ -31,7 +31,6 @@ def compressed_attention(
     config: NSAConfig,
     *,
     scale: float,
-    ordered: bool,
     score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
     """Attention to the compressed tokens that end at or before the query (Eq. 7)."""
@@ -40,11 +39,9 @@ def compressed_attention(
         k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 1)) for x in (k_cmp, v_cmp))
         visible, score_mod = _in_range(table.compressed_range(config)), None
 
-    def reach(queries: slice) -> slice:
-        return slice(0, max(1, config.num_compressed(queries.stop)))
-
+    reach = _reach(table, lambda _, end: slice(0, min(k_cmp.shape[2], max(1, config.num_compressed(end)))))
     modify = _modifier(_moved(score_mod, table, config), q, k_cmp, table)
-    return attention(q, k_cmp, v_cmp, visible, modify, scale, reach if ordered and table.visible is None else None)
+    return attention(q, k_cmp, v_cmp, visible, modify, scale, reach if table.visible is None else None)
 
 
 def window_attention(
@@ -55,16 +52,12 @@ def window_attention(
     config: NSAConfig,
     *,
     scale: float,
-    ordered: bool,
     score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
     """Attention to the last ``window`` keys (section 3.3.3)."""
-
-    def reach(queries: slice) -> slice:
-        return slice(max(0, queries.start - config.window + 1), queries.stop)
-
+    reach = _reach(table, lambda begin, end: slice(max(0, begin - config.window + 1), end))
     visible = _both(_in_range(table.window_range(config)), _visible_tokens(q, k, table))
-    return attention(q, k, v, visible, _modifier(score_mod, q, k, table), scale, reach if ordered else None)
+    return attention(q, k, v, visible, _modifier(score_mod, q, k, table), scale, reach)
 
 
 def selected_attention(
@@ -76,7 +69,6 @@ def selected_attention(
     config: NSAConfig,
     *,
     scale: float,
-    ordered: bool,
     score_mod: ScoreMod | None = None,
 ) -> AttentionOutput:
     """Attention to the visible tokens of the selected blocks (Eq. 11 and 12)."""
@@ -94,12 +86,16 @@ def selected_attention(
         index = block.where(inside, 0)[:, None].expand(*member.shape[:2], -1, -1)
         return (member.gather(-1, index) & inside[:, None])[:, :, None]
 
-    def reach(queries: slice) -> slice:
-        return slice(0, queries.stop)
-
+    reach = _reach(table, lambda _, end: slice(0, end))
     visible = _both(chosen, _visible_tokens(q, k, table))
     modify = _modifier(score_mod, q, k, table)
-    return attention(q, k, v, visible, modify, scale, reach if ordered and table.visible is None else None)
+    return attention(q, k, v, visible, modify, scale, reach if table.visible is None else None)
+
+
+def _reach(table: QueryTable, keys: Callable[[int, int], slice]) -> Reach | None:
+    """``keys(begin, end)`` of queries by where they stand, asked about rows; None where that is not known."""
+    first = table.first
+    return None if first is None else lambda queries: keys(first + queries.start, first + queries.stop)
 
 
 def _few(selection: Selection, q: Tensor, k: Tensor, v: Tensor, config: NSAConfig) -> bool:

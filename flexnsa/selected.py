@@ -9,7 +9,7 @@ from torch import Tensor
 from flexnsa import checks, engines, flex, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
-from flexnsa.types import AttentionOutput, Selection
+from flexnsa.types import AttentionOutput, Positions, Selection
 from flexnsa_masks import MaskMod, ScoreMod
 
 
@@ -21,7 +21,7 @@ def selected_attention(
     config: NSAConfig,
     *,
     scale: float | None = None,
-    positions: Int[Tensor, "*b tq"] | None = None,
+    positions: Positions | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
@@ -36,7 +36,7 @@ def selected_attention(
         selection: the blocks of each query, one choice a KV head; any number of blocks.
         config: the geometry.
         scale: softmax scale, None for ``d ** -0.5``.
-        positions: int64 ``[tq]`` or ``[b, tq]``, absolute positions of the queries, None for ``0 .. tk-1``.
+        positions: int64 ``[tq]`` or ``[b, tq]`` or a range, absolute positions of the queries, None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, document of each KV token, -1 for padding; block ids count from its start.
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
         score_mod: FlexAttention score mod over absolute token numbers and query heads.
@@ -64,9 +64,7 @@ def selected_attention(
         return AttentionOutput(*kernel(q, k, v, *where, select_block=config.select_block, scale=scale, low=low))
     if engine == "flex":
         return flex.selected_attention(q, k, v, selection, table, config, scale=scale, score_mod=score_mod)
-    return reference.selected_attention(
-        q, k, v, selection, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
-    )
+    return reference.selected_attention(q, k, v, selection, table, config, scale=scale, score_mod=score_mod)
 
 
 def check_selection(selection: Selection, q: Tensor, k: Tensor, config: NSAConfig) -> None:

@@ -9,7 +9,7 @@ from flexnsa import checks, engines, reference
 from flexnsa.config import NSAConfig
 from flexnsa.importance import check_scoring
 from flexnsa.layout import query_table
-from flexnsa.types import Selection
+from flexnsa.types import Positions, Selection
 from flexnsa_masks import MaskMod, ScoreMod
 
 
@@ -21,7 +21,7 @@ def select_blocks(
     *,
     num_tokens: int,
     scale: float | None = None,
-    positions: Int[Tensor, "*b tq"] | None = None,
+    positions: Positions | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
@@ -43,7 +43,7 @@ def select_blocks(
         config: the geometry.
         num_tokens: KV tokens tk.
         scale: softmax scale of the compressed branch, None for ``d ** -0.5``.
-        positions: int64 ``[tq]`` or ``[b, tq]``, None for ``0 .. tk-1``.
+        positions: int64 ``[tq]`` or ``[b, tq]`` or a range, None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, -1 for padding; block ids then count from the document's start.
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
         score_mod: FlexAttention score mod over absolute token numbers and query heads, that of the compressed

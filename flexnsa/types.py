@@ -6,11 +6,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 KV = tuple[Float[Tensor, "b hk tk d"], Float[Tensor, "b hk tk dv"]]
 """A key tensor [b, hk, tk, d] and a value tensor [b, hk, tk, dv]."""
+
+Positions = Int[Tensor, "*b tq"] | range
+"""Absolute positions of the queries: int64 [tq] or [b, tq], or a range where they are adjacent and alike in each row.
+
+A range is known without a look at the device: masks then follow from the lengths, and are kept between calls.
+"""
 
 
 class AttentionOutput(NamedTuple):

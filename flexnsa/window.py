@@ -8,7 +8,7 @@ from torch import Tensor
 from flexnsa import checks, engines, flash, flex, reference
 from flexnsa.config import NSAConfig
 from flexnsa.layout import query_table
-from flexnsa.types import AttentionOutput
+from flexnsa.types import AttentionOutput, Positions
 from flexnsa_masks import MaskMod, ScoreMod
 
 
@@ -19,7 +19,7 @@ def window_attention(
     config: NSAConfig,
     *,
     scale: float | None = None,
-    positions: Int[Tensor, "*b tq"] | None = None,
+    positions: Positions | None = None,
     documents: Int[Tensor, "b tk"] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
@@ -34,7 +34,7 @@ def window_attention(
         v: values ``[b, hk, tk, dv]``.
         config: the geometry.
         scale: softmax scale, None for ``d ** -0.5``.
-        positions: int64 ``[tq]`` or ``[b, tq]``, absolute positions of the queries, None for ``0 .. tk-1``.
+        positions: int64 ``[tq]`` or ``[b, tq]`` or a range, absolute positions of the queries, None for ``0 .. tk-1``.
         documents: int ``[b, tk]``, document of each KV token, -1 for padding.
         mask_mod: FlexAttention mask mod over absolute token numbers and query heads, in place of causality.
         score_mod: FlexAttention score mod over absolute token numbers and query heads.
@@ -67,7 +67,5 @@ def window_attention(
     if choice.engine == "flash":
         return flash.window_attention(q, k, v, table, config, scale=scale)
     engine = flex if choice.engine == "flex" else reference
-    out, lse = engine.window_attention(
-        q, k, v, table, config, scale=scale, ordered=positions is None, score_mod=score_mod
-    )
+    out, lse = engine.window_attention(q, k, v, table, config, scale=scale, score_mod=score_mod)
     return AttentionOutput(out, lse if lse_grad else lse.detach())

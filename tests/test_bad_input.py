@@ -144,6 +144,9 @@ POSITIONS = [
     (torch.arange(20.0), "must be int64"),
     (torch.arange(19), r"must be \[tq\]"),
     (torch.arange(20)[None].expand(3, -1), r"must be \[tq\]"),
+    (range(1, 21), "must lie in 0 .. 19"),
+    (range(19), "must be a range of step 1 over tq=20 tokens"),
+    (range(0, 40, 2), "must be a range of step 1 over tq=20 tokens"),
 ]
 
 

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from flexnsa import (
+    CompressedBranch,
+    ImportanceBias,
+    ImportanceSelector,
     MeanPool,
     NativeSparseAttention,
     NSAConfig,
+    SelectedBranch,
     Selection,
     SigmoidGate,
     SparseAttention,
@@ -23,6 +27,7 @@ from flexnsa import (
     window_attention,
 )
 from flexnsa.compression import compress
+from flexnsa_masks import and_masks, causal, dilated, prefix
 
 CONFIG = NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=4, window=10)
 LENGTHS = (65, 100, 128, 333, 512, 1000, 2048, 4097, 9999, 20000)
@@ -62,6 +67,12 @@ def outputs_and_gradients(layer, x, **options):
     parameters = [p for p in layer.parameters() if p.requires_grad]
     y = layer(x, **options)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *parameters])]
+
+
+def assert_alike(compiled, eager, x, **options):
+    found, expected = (outputs_and_gradients(f, x, **options) for f in (compiled, eager))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
 def graphs() -> int:
@@ -166,9 +177,42 @@ def test_compiled_equals_eager_on_cuda(impl):
         x = torch.randn(2, tokens, 64, device="cuda")
         lengths = [[tokens // 3, 1, tokens // 2], [tokens - 7]]
         for ids in (None, documents_from_lengths(lengths, tokens).cuda()):
-            found, expected = (outputs_and_gradients(f, x, documents=ids) for f in (compiled, layer))
-            for a, b in zip(found, expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+            assert_alike(compiled, layer, x, documents=ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["flex", "triton"])
+@pytest.mark.parametrize("name", ["dilated", "prefix"])
+def test_masks_compile_on_cuda(impl: str, name: str):
+    if (impl, name) == ("triton", "dilated"):
+        pytest.skip("no interval of keys")
+    mask = dilated(3, 40) if name == "dilated" else and_masks(causal(), prefix(200))
+    torch._dynamo.reset()
+    layer = layer_on("cuda", impl, head_dim=32)
+    compiled = torch.compile(layer, fullgraph=True)
+    assert_alike(compiled, layer, torch.randn(2, 300, 64, device="cuda"), mask_mod=mask)
+
+
+class Biased(nn.Module):
+    """A composition whose selected branch adds the blocks' importance to its scores."""
+
+    def __init__(self):
+        super().__init__()
+        selected = SelectedBranch(CONFIG, bias=ImportanceBias(CONFIG))
+        branches = {"compressed": CompressedBranch(CONFIG, MeanPool(CONFIG)), "selected": selected}
+        self.attention = SparseAttention(branches, gate=SigmoidGate(64, 4, 2), selector=ImportanceSelector(CONFIG))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (y.unflatten(-1, (-1, 16)).transpose(1, 2) for y in (x, x[..., :32]))
+        return self.attention(q, dict.fromkeys(self.attention.branches, (k, k)), x)
+
+
+@pytest.mark.gpu
+def test_a_bias_from_importance_compiles_on_cuda():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Biased().cuda()
+    assert_alike(torch.compile(model, fullgraph=True), model, torch.randn(2, 300, 64, device="cuda"))
 
 
 @pytest.mark.gpu

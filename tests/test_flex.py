@@ -27,7 +27,7 @@ from flexnsa import (
     window_attention,
 )
 from flexnsa.layout import query_table
-from flexnsa.static_masks import KEPT_MASKS, static_mask
+from flexnsa.static_masks import static_mask
 from flexnsa_masks import causal, or_masks, prefix
 
 SMALL = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_local=1, window=5)
@@ -70,35 +70,40 @@ def test_traced_flex_equals_reference(traced_flex: None, case: Case):
 
 @pytest.mark.parametrize("mask_mod", (None, or_masks(causal(), prefix(90))), ids=("causal", "prefix"))
 @pytest.mark.parametrize("batch", (1, 2))
-@pytest.mark.parametrize("ordered", (True, False))
-def test_the_heads_of_a_group_along_the_batch_change_nothing(ordered: bool, batch: int, mask_mod):
+@pytest.mark.parametrize("first", (0, None))
+def test_the_heads_of_a_group_along_the_batch_change_nothing(first: int | None, batch: int, mask_mod):
     """The backward's fold of the compressed branch; on a CPU its forward can be compared."""
     case = Case(SMALL, batch=batch, kv_heads=2, group=3, tokens=300)
     x = case.inputs(torch.float32)
     table, pad = query_table(x.q, SMALL, num_tokens=300, mask_mod=mask_mod), -x.k_cmp.shape[2] % 128
     k, v = (F.pad(y, (0, 0, 0, pad)) for y in x.pairs[0])
-    found = flex._by_head(x.q, k, v, table, SMALL, ordered, table.masked_range(batch), scale=case.dim**-0.5)
+    table = table._replace(first=first)
+    found = flex._by_head(x.q, k, v, table, SMALL, table.masked_range(batch), scale=case.dim**-0.5)
     expected = compressed_attention(x.q, *x.pairs[0], SMALL, mask_mod=mask_mod, impl="reference")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", (0, 1, 300))
 @pytest.mark.parametrize(("pattern", "sizes"), (("compressed", (32, 16)), ("sliding_window", (70,))))
-def test_static_masks_are_those_of_the_gallery(pattern: str, sizes: tuple[int, ...]):
-    mask = static_mask(pattern, sizes, torch.arange(400)[None], 256)
-    mod = getattr(flexnsa_masks, pattern)(*sizes)
+def test_static_masks_are_those_of_the_gallery(pattern: str, sizes: tuple[int, ...], first: int):
+    position = first + torch.arange(400)[None]
+    mask = static_mask(pattern, sizes, position, 256, first=first)
+    mod = flexnsa_masks.at_positions(getattr(flexnsa_masks, pattern)(*sizes), position)
     expected = flexnsa_masks.block_mask(mod, q_len=400, kv_len=256)
     assert torch.equal(mask.to_dense(), expected.to_dense())
     dense = [create_mask(m, 1, 1, 400, 256, device="cpu") for m in (mask.mask_mod, mod)]
     assert torch.equal(*dense)
 
 
-def test_static_masks_are_kept_for_the_next_call_and_not_without_bound():
+@pytest.mark.parametrize(("bound", "most"), (("KEPT_TILES", 20), ("KEPT_MASKS", 5)))
+def test_static_masks_are_kept_for_the_next_call_and_not_without_bound(bound: str, most: int, monkeypatch):
+    monkeypatch.setattr(static_masks, bound, most)
     position = torch.arange(200)[None]
     first, again = (static_mask("sliding_window", (5,), position, 200) for _ in range(2))
     assert first.kv_indices is again.kv_indices
-    for window in range(2 * KEPT_MASKS):
-        static_mask("sliding_window", (window + 6,), position, 200)
-    assert static_masks._kept.cache_info().currsize <= KEPT_MASKS
+    for window in range(6, 16):  # four tiles each
+        static_mask("sliding_window", (window,), position, 200)
+    assert len(static_masks._KEPT) == 5
     assert static_mask("sliding_window", (5,), position, 200).kv_indices is not first.kv_indices
 
 
@@ -110,7 +115,7 @@ def test_a_mask_built_without_gradients_serves_training():
 
 
 def test_the_opaque_operator_describes_its_tables():
-    arguments = (torch.arange(300)[None], "compressed", [4, 2], 256, 3)
+    arguments = (torch.arange(300)[None], "compressed", [4, 2], 0, 256, 3)
     torch.library.opcheck(torch.ops.flexnsa.static_mask_tables.default, arguments)
 
 
@@ -119,7 +124,7 @@ def test_a_graphs_tables_are_copies_with_a_spare_row_and_column():
     position = torch.arange(100)[None]
     kept = static_mask("sliding_window", (7,), position, 100)
     for _ in range(2):
-        tables = torch.ops.flexnsa.static_mask_tables(position, "sliding_window", [7], 100, 1)
+        tables = torch.ops.flexnsa.static_mask_tables(position, "sliding_window", [7], 0, 100, 1)
         for name, table in zip(static_masks._TABLES, tables, strict=True):
             exact = getattr(kept, name)
             assert torch.equal(table[tuple(slice(size) for size in exact.shape)], exact)

@@ -19,6 +19,7 @@ from flexnsa import (
     Selection,
     compressed_attention,
     dense,
+    documents_from_lengths,
     native_sparse_attention,
     select_blocks,
     selected_attention,
@@ -304,6 +305,22 @@ def test_any_slice_of_the_queries_equals_the_full_pass(impl: str, case: Case):
 
     found = native_sparse_attention(pick(x.q), x.kv, pick(x.gates), case.config, compressor, impl=impl, **case.placing)
     assert_close([found], [pick(full)])
+
+
+@pytest.mark.parametrize("impl", ("reference", "flex"))
+@pytest.mark.parametrize("documents", (None, [40, 60]), ids=("one", "packed"))
+def test_a_range_of_positions_equals_the_tensor(documents, impl):
+    config = NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=4, window=20)
+    documents = None if documents is None else documents_from_lengths([documents, documents], 100)
+    place = range(37, 96)
+    case = Case(config, batch=2, kv_heads=2, group=3, value_dim=3, tokens=100, positions=torch.tensor(list(place)))
+    x = case.inputs(torch.float32)
+    with torch.no_grad():
+        found, expected = (
+            native_sparse_attention(x.q, x.kv, x.gates, config, None, positions=p, documents=documents, impl=impl)
+            for p in (place, case.positions)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_scattered_positions():

@@ -195,13 +195,17 @@ def test_on_cuda_each_recomputed_branch_holds_an_output_less(recompute: tuple[st
             return native_sparse_attention(q, BranchKV.shared(k, v), gates, config, MeanPool(config), recompute=again)
 
         function = torch.compile(call, fullgraph=True) if compiled else call
-        torch.autograd.grad(function(), leaves, grad)  # tables that are kept between calls
-        gc.collect()  # what an earlier call left in cycles would be freed in between
-        before = torch.cuda.memory_allocated()
-        out = function()
-        held.append(torch.cuda.memory_allocated() - before)
-        found.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
-        del out
+        for _ in range(2):  # tables and workspaces that are kept between calls are not the second time's
+            out = gradients = None
+            gc.collect()  # what an earlier call left in cycles would be freed in between
+            before = torch.cuda.memory_allocated()
+            out = function()
+            after = torch.cuda.memory_allocated()
+            gradients = torch.autograd.grad(out, leaves, grad)
+        held.append(after - before)
+        found.append((out.detach(), *gradients))
+        del out, gradients
     for expected, got in zip(*found, strict=True):
         assert (got - expected).norm() <= 1e-2 * expected.norm()
-    assert held[0] - held[1] >= 0.95 * len(recompute) * q.numel() * q.element_size()
+    output = q.numel() * q.element_size()
+    assert held[0] - held[1] >= 0.95 * len(recompute) * output, [size / output for size in held]

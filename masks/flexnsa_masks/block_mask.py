@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexnsa_masks.geometry import Grid, MaskMod, at_least, tiles_of
+from flexnsa_masks.memory import in_memory
 
 
 def block_mask(
@@ -57,8 +58,10 @@ def block_mask(
         some = some.expand(repeat, -1, -1, -1)
         full = None if full is None else full.expand(repeat, -1, -1, -1)
     full = None if full is None else some & full & _whole(grid)
-    counts, indices, q_counts, q_indices = _tables(some if full is None else some & ~full)
-    full_tables = (None,) * 4 if full is None else _tables(full)
+    # Kernels step along the batch by the stride of the heads, of a single one too, for which a compiler may choose any:
+    # in memory it is that of a contiguous tensor.
+    counts, indices, q_counts, q_indices = map(in_memory, _tables(some if full is None else some & ~full))
+    full_tables = (None,) * 4 if full is None else tuple(map(in_memory, _tables(full)))
     # The constructor, since BlockMask.from_kv_blocks would sort its way from tables by row to tables by column.
     return BlockMask(
         seq_lengths=(q_len, kv_len),

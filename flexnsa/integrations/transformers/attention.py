@@ -12,6 +12,7 @@ from flexnsa.compression import BlockCompressor, MeanPool
 from flexnsa.integrations.transformers.cache import FlexNSACache
 from flexnsa.integrations.transformers.configuration import COMPRESSORS, FlexNSAConfig
 from flexnsa.layer import NativeSparseAttention
+from flexnsa.rotary import Turns
 
 
 class FlexNSAAttention(NativeSparseAttention):
@@ -58,8 +59,13 @@ class FlexNSAAttention(NativeSparseAttention):
         past.count(self.layer_idx, x.shape[1])
         return out
 
-    def _place(self, x: Tensor, position: Tensor) -> Tensor:
-        cos, sin = (part[:, None] for part in self.rotary(x, position))
+    def _turns(self, x: Tensor, position: Tensor) -> Turns:
+        cos, sin = self.rotary(x, position)
+        return cos[:, None], sin[:, None]
+
+    def _place(self, x: Tensor, by: Turns | None) -> Tensor:
+        assert by is not None
+        cos, sin = (part.to(x.dtype) for part in by)
         return x * cos + rotate_half(x) * sin
 
 
