@@ -34,19 +34,19 @@ def test_rows_follow_from_seed_and_step_alone(task):
 @given(st.integers(1, 9), st.integers(0, 30), st.integers(0, 1000))
 def test_mqar_asks_each_pair_once(pairs, spare, step):
     task = MQARTask(pairs=pairs, vocabulary=48)
-    batch = task.training(step, 3, 4 * pairs + spare)
+    batch = task.training(step, 3, 4 * pairs + 2 + spare)
     for row, labels in zip(batch.inputs.tolist(), batch.labels.tolist(), strict=True):
         told = dict(zip(row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2], strict=True))
         assert len(told) == pairs and all(1 <= key < 24 <= value < 48 for key, value in told.items())
         asked = {i: label for i, label in enumerate(labels) if label != IGNORED}
-        assert sorted(row[i] for i in asked) == sorted(told) and min(asked) >= 2 * pairs
+        assert sorted(row[i] for i in asked) == sorted(told) and min(asked) >= 2 * pairs + 2
         assert all(label == told[row[i]] for i, label in asked.items())
         assert all(token == 0 for i, token in enumerate(row) if i >= 2 * pairs and i not in asked)
 
 
 def test_mqar_asks_near_the_pairs_more_often():
-    batch = MQARTask(pairs=1).training(0, 4000, 402)
-    gap = ((batch.labels != IGNORED).int().argmax(1) - 2) // 2
+    batch = MQARTask(pairs=1).training(0, 4000, 404)
+    gap = ((batch.labels != IGNORED).int().argmax(1) - 4) // 2
     weights = torch.arange(1, 201, dtype=torch.float64) ** (0.01 - 1)
     expected = weights[0] / weights.sum()
     assert (gap == 0).double().mean().item() == pytest.approx(expected.item(), rel=0.1)
@@ -75,8 +75,8 @@ def test_the_passkey_lies_at_its_depth(depth, tokens):
 
 
 def test_rows_too_short_are_refused():
-    with pytest.raises(ValueError, match="at least 16 tokens for 4 pairs"):
-        MQARTask(pairs=4).training(0, 1, 15)
+    with pytest.raises(ValueError, match="at least 18 tokens for 4 pairs"):
+        MQARTask(pairs=4).training(0, 1, 17)
     with pytest.raises(ValueError, match="pairs: expected 1 to 3"):
         MQARTask(pairs=4, vocabulary=8)
     with pytest.raises(ValueError, match="at least 11 tokens"):

@@ -23,6 +23,7 @@ class AttentionShape:
         head_dim: width of one head.
         rope_theta: base of the rotary embedding, restarting at position 0 of each row; None for none.
         nsa: NSA's geometry, in tokens.
+        searches_first: whether NSA trains without its selected branch at first, and in some rows later on.
     """
 
     dim: int
@@ -31,6 +32,7 @@ class AttentionShape:
     head_dim: int
     rope_theta: float | None
     nsa: NSAConfig
+    searches_first: bool = False
 
 
 def rotate(
@@ -164,6 +166,33 @@ class WithoutBranch(nn.Module):
         return self.gate(x) * self.kept
 
 
+class RowsWithoutSelected(nn.Module):
+    """A gate that is 0 for the selected branch in the first rows of a batch while ``dropping`` is set.
+
+    In those rows the compressed branch has to answer, which only an attention that finds the right block can: so the
+    scores that choose the blocks go on learning where the selected branch would otherwise answer in their place.
+    """
+
+    kept: Tensor
+    share: Tensor
+
+    def __init__(self, gate: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.gate = gate
+        self.dropping = False
+        kept = torch.tensor([float(name != "selected") for name in BranchKV._fields])
+        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("share", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b h t branches"]:
+        """The gate's values, some of them replaced; ``share`` may change between replays of a CUDA graph."""
+        gates = self.gate(x)
+        if not self.dropping:
+            return gates
+        first = torch.arange(len(gates), device=gates.device) < self.share * len(gates)
+        return torch.where(first[:, None, None, None], gates * self.kept, gates)
+
+
 def _nsa(
     shape: AttentionShape, *, without: str | None = None, mean_pooled: bool = False, shared_kv: bool = False
 ) -> NativeSparseAttention:
@@ -179,6 +208,8 @@ def _nsa(
     )
     if without is not None:
         layer.attention.gate = WithoutBranch(layer.attention.gate, without)
+    if shape.searches_first and without in (None, "window"):
+        layer.attention.gate = RowsWithoutSelected(layer.attention.gate)
     return layer
 
 

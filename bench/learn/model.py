@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from bench.learn.attention import ATTENTIONS, AttentionShape
+from bench.learn.matching import start_matching
 from flexnsa import NativeSparseAttention, NSACache
 
 HIDDEN_STEP = 8
@@ -25,6 +26,8 @@ class ModelShape:
         vocabulary: distinct tokens.
         convolution: tokens of a causal depthwise convolution after the embedding, 0 for none.
         embedding_std: standard deviation of the embedding's first values.
+        matching: whether attention starts by looking for what is like the query (``start_matching``), and the
+            convolution as the sum of a token and the one before.
     """
 
     attention: AttentionShape
@@ -33,6 +36,7 @@ class ModelShape:
     vocabulary: int
     convolution: int = 0
     embedding_std: float = 0.02
+    matching: bool = False
 
 
 class GatedMLP(nn.Module):
@@ -52,9 +56,12 @@ class GatedMLP(nn.Module):
 class CausalConvolution(nn.Module):
     """x plus a learned mix of each channel's last `width` values: the order of near tokens, without a position."""
 
-    def __init__(self, dim: int, width: int):
+    def __init__(self, dim: int, width: int, only_last: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(width, dim) * width**-0.5)
+        weight = torch.randn(width, dim) * width**-0.5
+        if only_last:
+            weight = torch.zeros_like(weight).index_fill(0, torch.tensor(1), 1.0)
+        self.weight = nn.Parameter(weight)
 
     def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b t dim"]:
         """Channel by channel."""
@@ -70,6 +77,8 @@ class Block(nn.Module):
         dim = shape.attention.dim
         self.attention_norm = nn.RMSNorm(dim)
         self.attention = ATTENTIONS[attention](shape.attention)
+        if shape.matching:
+            start_matching(self.attention, shape.attention.heads, shape.attention.kv_heads)
         self.mlp_norm = nn.RMSNorm(dim)
         self.mlp = GatedMLP(dim, shape.hidden)
 
@@ -92,7 +101,9 @@ class Transformer(nn.Module):
         super().__init__()
         dim = shape.attention.dim
         self.embedding = nn.Embedding(shape.vocabulary, dim)
-        self.convolution = CausalConvolution(dim, shape.convolution) if shape.convolution else None
+        self.convolution = (
+            CausalConvolution(dim, shape.convolution, only_last=shape.matching) if shape.convolution else None
+        )
         self.blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, shape.vocabulary, bias=False)

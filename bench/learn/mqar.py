@@ -15,11 +15,13 @@ from bench.learn.task import IGNORED, Batch
 class MQARTask(DrawnRows):
     """MQAR of Arora et al. 2023 (arXiv 2312.04927), all pairs asked once, filler 0 between the questions.
 
-    A row is ``k1 v1 ... kK vK`` and then, in every second place, a key with its value for a label, or filler. How far
-    behind the pairs a key is asked follows a power law: place ``i`` has probability proportional to ``i ** (a - 1)``.
+    A row is ``k1 v1 ... kK vK``, two fillers, and then, in every second place, a key with its value for a label, or
+    filler. How far behind the pairs a key is asked follows a power law: place ``i`` has probability proportional to
+    ``i ** (a - 1)``. The fillers after the pairs are this task's own: a model that mixes each token with the one before
+    would else see one question in each row, the first, mixed with a value.
 
     Args:
-        pairs: K, key-value pairs of a row; a row needs ``4 * pairs`` tokens.
+        pairs: K, key-value pairs of a row; a row needs ``4 * pairs + 2`` tokens.
         vocabulary: V; keys come from ``[1, V / 2)``, values from ``[V / 2, V)``.
         power: a.
         seed: of all rows.
@@ -49,18 +51,20 @@ class MQARTask(DrawnRows):
         Raises:
             ValueError: the pairs and their questions do not fit into a row.
         """
-        told, places = 2 * self.pairs, (context - 2 * self.pairs) // 2
+        told = 2 * self.pairs
+        begin = told + 2
+        places = (context - begin) // 2
         if places < self.pairs:
             raise ValueError(
-                f"context: expected at least {4 * self.pairs} tokens for {self.pairs} pairs and their questions, got "
-                f"{context}; lengthen --context or lower --pairs"
+                f"context: expected at least {4 * self.pairs + 2} tokens for {self.pairs} pairs and their questions, "
+                f"got {context}; lengthen --context or lower --pairs"
             )
         half, device = self.vocabulary // 2, generator.device
         keys = 1 + torch.rand(size, half - 1, generator=generator, device=device).topk(self.pairs).indices
         values = half + torch.rand(size, half, generator=generator, device=device).topk(self.pairs).indices
         inputs = torch.zeros(size, context, dtype=torch.int64, device=device)
         inputs[:, 0:told:2], inputs[:, 1:told:2] = keys, values
-        asked = told + 2 * self._gaps(size, places, generator)
+        asked = begin + 2 * self._gaps(size, places, generator)
         labels = torch.full_like(inputs, IGNORED).scatter_(1, asked, values)
         sources = 1 + 2 * torch.arange(self.pairs, device=device).expand(size, -1)
         return Batch(inputs.scatter_(1, asked, keys), labels, places=asked, sources=sources)

@@ -88,24 +88,30 @@ MQAR_CPU = Settings(
     continuation=0,
 )
 
-# 64 pairs in 128 tokens: the two blocks that are chosen freely cover a quarter. The convolution spares every model the
-# time in which a first layer learns to look one token back.
+# 64 pairs in 128 tokens: the two blocks that are chosen freely cover a quarter. A compressed key stands for eight keys,
+# so it needs many dims. The convolution and the start spare every model the time in which it finds out that a value
+# follows its key and that what is found is to be copied: what is left to learn, and to compare, is the search.
 MQAR_CUDA = replace(
     MQAR_CPU,
-    attention=replace(
-        MQAR_CPU.attention,
-        head_dim=64,
-        nsa=NSAConfig(compress_block=16, compress_stride=8, select_block=16, num_selected=5, window=32),
+    attention=AttentionShape(
+        dim=256,
+        heads=4,
+        kv_heads=1,
+        head_dim=128,
+        rope_theta=None,
+        nsa=NSAConfig(compress_block=16, compress_stride=16, select_block=16, num_selected=5, window=32),
+        searches_first=True,
     ),
     hidden=1024,
     context=512,
     pairs=64,
-    batch=64,
-    tokens=81_920_000,
-    learning_rate=3e-3,
+    batch=32,
+    tokens=40_960_000,
+    learning_rate=1e-3,
     convolution=4,
-    embedding_std=0.1,
-    evaluations=9,
+    embedding_std=0.06,
+    matching=True,
+    evaluations=7,
     bfloat16=True,
     captured=True,
 )
@@ -115,12 +121,12 @@ MQAR_LONG = replace(
     MQAR_CUDA,
     attention=replace(
         MQAR_CUDA.attention,
-        nsa=NSAConfig(compress_block=16, compress_stride=8, select_block=16, num_selected=7, window=64),
+        nsa=NSAConfig(compress_block=16, compress_stride=16, select_block=16, num_selected=7, window=64),
     ),
     context=2048,
     pairs=128,
-    batch=16,
-    tokens=65_536_000,
+    batch=8,
+    tokens=32_768_000,
 )
 
 # Rows of a synthetic task continue with nothing.
@@ -131,12 +137,17 @@ COPY_CUDA = replace(MQAR_LONG, pairs=None)
 # No positions, so that a longer row is nothing new in itself: the convolution tells the order of near tokens.
 PASSKEY_CUDA = replace(
     MQAR_CUDA,
-    attention=replace(
-        MQAR_CUDA.attention,
+    attention=AttentionShape(
+        dim=128,
+        heads=4,
+        kv_heads=1,
+        head_dim=64,
         rope_theta=None,
         nsa=NSAConfig(compress_block=32, compress_stride=16, select_block=64, num_selected=8, window=128),
     ),
     convolution=8,
+    embedding_std=0.1,
+    matching=False,
     context=16_384,
     pairs=None,
     batch=4,

@@ -7,6 +7,12 @@ import torch
 from bench.learn.attention import AttentionShape
 from bench.learn.model import HIDDEN_STEP, ModelShape, Transformer, count_parameters
 
+SEARCHING = 0.3
+"""Share of the steps in which an NSA that searches first has no selected branch in any row."""
+
+READING = 0.5
+"""Share of the rows in which it has none in the steps after those."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -29,6 +35,7 @@ class Settings:
         grid: row lengths at which a trained passkey model is asked at every depth.
         convolution: tokens of a causal depthwise convolution after the embedding, 0 for none.
         embedding_std: standard deviation of the embedding's first values.
+        matching: start every attention such that it looks for what is like the query and copies it.
         bfloat16: autocast to bfloat16 in training and validation.
         compiled: run each twin through torch.compile.
         captured: replay a training step from a CUDA graph, so that small kernels do not wait for Python.
@@ -51,6 +58,7 @@ class Settings:
     grid: tuple[int, ...] = ()
     convolution: int = 0
     embedding_std: float = 0.02
+    matching: bool = False
     bfloat16: bool = False
     compiled: bool = False
     captured: bool = False
@@ -76,6 +84,10 @@ class Settings:
         """The curriculum in steps instead of shares."""
         return tuple((round(share * self.steps), size) for share, size in self.curriculum)
 
+    def unselected(self, tokens: int) -> float:
+        """Share of a step's rows in which NSA does without its selected branch, if it searches first."""
+        return 1.0 if tokens < SEARCHING * self.tokens else READING
+
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         warm_up = max(1, self.steps // 20)
@@ -91,6 +103,7 @@ def twin_shape(settings: Settings, attention: str, vocabulary: int) -> ModelShap
         vocabulary,
         settings.convolution,
         settings.embedding_std,
+        settings.matching,
     )
     with torch.device("meta"):
         surplus = count_parameters(Transformer(shape, attention)) - count_parameters(Transformer(shape, "full"))

@@ -132,7 +132,6 @@ def _visible(gpu: int) -> str:
 
 def supervise(jobs: Sequence[Job], deadline: float) -> None:
     """Run the jobs, twice where one fails; at the deadline or at Ctrl-C ask them to stop, and at last make them."""
-    by_name = {job.entry.name: job for job in jobs}
     with catching_interrupt() as interrupt:
         while (
             not all(job.over() and not job.failed() for job in jobs)
@@ -140,9 +139,7 @@ def supervise(jobs: Sequence[Job], deadline: float) -> None:
             and not interrupt.requested
         ):
             for job in jobs:
-                before = by_name.get(job.entry.after or "")
-                ready = before is None or before.over() or before.result() is not None
-                if job.failed() or (job.process is None and ready):
+                if job.failed() or job.process is None:
                     job.start(deadline)
             time.sleep(PAUSE)
         for number in (signal.SIGINT, signal.SIGKILL):

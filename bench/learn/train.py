@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from bench.interrupt import Interrupt
+from bench.learn.attention import RowsWithoutSelected
 from bench.learn.model import Transformer
 from bench.learn.progress import Clock, Progress
 from bench.learn.settings import Settings, twin_shape
@@ -37,6 +39,7 @@ class Twin:
         torch.manual_seed(settings.seed)
         self.model = Transformer(self.shape, attention).to(device)
         ranks.shard(*self.model.blocks, self.model)
+        self.gates = [module for module in self.model.modules() if isinstance(module, RowsWithoutSelected)]
         self.network: Callable[..., Tensor] = self.model
         if settings.compiled:  # block by block: one compilation serves them all
             self.network = partial(self.model, blocks=[torch.compile(block) for block in self.model.blocks])
@@ -49,6 +52,8 @@ class Twin:
         """One optimizer step. What it found is known after ``settle``, on a CPU at once."""
         clock = Clock(self.device)
         batch = batch.to(self.device)
+        for gate in self.gates:
+            gate.share.fill_(self.settings.unselected(self.progress.tokens))
         stepped = self.step(batch.share(self.ranks), (batch.asked != IGNORED).sum(), rate)
         clock.stop()
         self.pending.append((stepped, clock))
@@ -99,7 +104,19 @@ class Twin:
 
         The ranks' gradients are averaged, so that each rank's part of the sum counts as often as there are ranks.
         """
-        return self._bits(self.logits(batch), batch.asked).sum() * self.ranks.count / labels
+        with self._dropping():
+            return self._bits(self.logits(batch), batch.asked).sum() * self.ranks.count / labels
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Some rows do without the selected branch, if the settings say so."""
+        for gate in self.gates:
+            gate.dropping = True
+        try:
+            yield
+        finally:
+            for gate in self.gates:
+                gate.dropping = False
 
     @staticmethod
     def _bits(logits: Float[Tensor, "b n vocabulary"], labels: Int64[Tensor, "b n"]) -> Float[Tensor, "b n"]:
