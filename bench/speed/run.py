@@ -15,7 +15,7 @@ from bench.interrupt import Interrupt, time_limit
 from bench.record import environment, write_json
 from bench.speed.cases import Case
 from bench.speed.cost import flops
-from bench.speed.engines import ENGINES, LONGEST, STAGES, Call, MissingError
+from bench.speed.engines import ENGINES, GRAPHED, LONGEST, STAGES, Call, MissingError
 from bench.speed.inputs import Tensors, shared_blocks, tensors
 from bench.speed.measure import matrix_product_tflops, memory_beyond, time_call
 from bench.speed.stages import select, stages
@@ -118,7 +118,13 @@ class Run:
                 rows = measure(row)
             for found in rows:
                 self._add(found)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:  # those of compilers among them
+        except (
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+            TypeError,
+            AssertionError,
+        ) as error:  # those of compilers among them
             self._add(row | {"missing": f"{type(error).__name__}: {str(error).strip()[:300]}"})
         gc.collect()
         if self.device.type == "cuda":
@@ -133,10 +139,14 @@ class Run:
 
     def _whole(self, case: Case, call: Call, row: Row) -> list[Row]:
         x, gated = tensors(case, row["tokens"], self.device, self.dtype, self.seed), "nsa" in row["engine"]
-        row = row | self._times(lambda: call(x), x.leaves if gated else x.leaves[:3], x.grad)
+        graphed = row["engine"] in GRAPHED
+        if graphed:
+            row = row | self._graphed_times(call, x)
+        else:
+            row = row | self._times(lambda: call(x), x.leaves if gated else x.leaves[:3], x.grad)
         if gated:
             row["shared_blocks"] = self._shared(case, x)
-        if self.backward:
+        if self.backward and not graphed:
             memory = memory_beyond(lambda: call(x), lambda out: self._gradients(out, x), self.device)
             row |= {"held_gib": memory and memory.held, "peak_gib": memory and memory.peak}
         return [row | self._rates(case, "whole" if gated else "dense", row)]
@@ -158,6 +168,24 @@ class Run:
                 lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), self.device, self.budget
             )
             row |= {"backward_ms": backward.median, "backward_range_ms": [backward.low, backward.high]}
+        return row
+
+    def _graphed_times(self, call: Call, x: Tensors) -> Row:
+        """A replayed backward cannot be run twice: forward alone, and with it, of which the difference is taken."""
+        for leaf in x.leaves:
+            torch._dynamo.mark_static_address(leaf)  # as what a model computes is: not copied before each replay
+
+        def step(backward: bool) -> object:
+            torch.compiler.cudagraph_mark_step_begin()
+            with torch.set_grad_enabled(backward):
+                out = call(x)
+            return self._gradients(out, x) if backward else out
+
+        forward = time_call(lambda: step(False), self.device, self.budget)
+        row: Row = {"forward_ms": forward.median, "forward_range_ms": [forward.low, forward.high]}
+        if self.backward:
+            both = time_call(lambda: step(True), self.device, self.budget)
+            row |= {"backward_ms": both.median - forward.median, "both_range_ms": [both.low, both.high]}
         return row
 
     def _shared(self, case: Case, x: Tensors) -> float:
