@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexnsa import engines, explain
-from flexnsa_masks import causal
+from flexnsa_masks import causal, dilated
 
 
 def chosen(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, dim: int = 64, **options: object) -> list[str]:
@@ -38,6 +38,17 @@ def test_heads_too_narrow_for_flex_on_cuda_take_what_runs():
     assert chosen(dim=8, mods=True) == 4 * ["reference"]
     with pytest.raises(NotImplementedError, match="head dims from 16 on CUDA, got 8"):
         chosen(dim=8, impl="flex")
+
+
+def test_a_mask_of_ones_own_is_not_compiled_with_flexs_selected_branch_on_cuda(monkeypatch):
+    mask = dilated(3, 40)
+    assert chosen(mask_mod=mask) == ["flex", "reference", "flex", "flex"]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chosen(mask_mod=mask) == ["flex", "reference", "reference", "flex"]
+    assert chosen(mask_mod=causal()) == ["flex", "triton", "triton", "flex"]
+    assert chosen(mask_mod=mask, device="cpu", impl="flex") == ["flex", "reference", "flex", "flex"]
+    with pytest.raises(NotImplementedError, match="mask_mod, got dilated.*impl=\"auto\""):
+        chosen(mask_mod=mask, impl="flex")
 
 
 def test_too_many_blocks_for_the_top_n_leave_the_other_stages_alone():

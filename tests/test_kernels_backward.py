@@ -55,7 +55,7 @@ def test_heads_of_any_number_in_a_tile(group):
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_chunks_that_are_prepared_together(chunks, monkeypatch):
-    monkeypatch.setattr(selected_backward, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(selected_backward, "PARTIAL_BYTES", 45000)  # and about 15,000 go to sums and tables
     monkeypatch.setattr(selected_backward, "_PREPARED_BYTES", chunks * 32 * (8 * 8 + 12 * 2))
     inputs, indices, position, start = make(1, 1, 8, 16, 16, 16, 110, False, 2, 19)
     assert position.shape[1] == 106  # four chunks of 32 queries at most
