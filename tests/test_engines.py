@@ -47,7 +47,7 @@ def test_a_mask_of_ones_own_is_not_compiled_with_flexs_selected_branch_on_cuda(m
     assert chosen(mask_mod=mask) == ["flex", "reference", "reference", "flex"]
     assert chosen(mask_mod=causal()) == ["flex", "triton", "triton", "flex"]
     assert chosen(mask_mod=mask, device="cpu", impl="flex") == ["flex", "reference", "flex", "flex"]
-    with pytest.raises(NotImplementedError, match="mask_mod, got dilated.*impl=\"auto\""):
+    with pytest.raises(NotImplementedError, match='mask_mod, got dilated.*impl="auto"'):
         chosen(mask_mod=mask, impl="flex")
 
 
