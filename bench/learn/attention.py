@@ -9,7 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from flexnsa import BranchKV, MeanPool, NativeSparseAttention, NSAConfig, Selection, selected_attention
+from bench.learn.gates import RowsWithoutSelected, WithoutBranch
+from flexnsa import MeanPool, NativeSparseAttention, NSAConfig, Selection, selected_attention
 
 
 @dataclass(frozen=True)
@@ -148,49 +149,6 @@ class MoBA(DenseAttention):
         scores = scores.float().masked_fill(block == own, torch.inf).masked_fill(block > own, -torch.inf)
         chosen = Selection.from_scores(scores, self.blocks.num_selected)
         return selected_attention(q, k, v, chosen, self.blocks).out
-
-
-class WithoutBranch(nn.Module):
-    """A gate that is 0 for one branch: it adds nothing to the output, but its scores still choose the blocks."""
-
-    kept: Tensor
-
-    def __init__(self, gate: Callable[[Tensor], Tensor], branch: str):
-        super().__init__()
-        self.gate = gate
-        kept = torch.tensor([float(name != branch) for name in BranchKV._fields])
-        self.register_buffer("kept", kept, persistent=False)
-
-    def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b h t branches"]:
-        """The gate's values, one of them replaced."""
-        return self.gate(x) * self.kept
-
-
-class RowsWithoutSelected(nn.Module):
-    """A gate that is 0 for the selected branch in the first rows of a batch while ``dropping`` is set.
-
-    In those rows the compressed branch has to answer, which only an attention that finds the right block can: so the
-    scores that choose the blocks go on learning where the selected branch would otherwise answer in their place.
-    """
-
-    kept: Tensor
-    share: Tensor
-
-    def __init__(self, gate: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.gate = gate
-        self.dropping = False
-        kept = torch.tensor([float(name != "selected") for name in BranchKV._fields])
-        self.register_buffer("kept", kept, persistent=False)
-        self.register_buffer("share", torch.zeros(()), persistent=False)
-
-    def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b h t branches"]:
-        """The gate's values, some of them replaced; ``share`` may change between replays of a CUDA graph."""
-        gates = self.gate(x)
-        if not self.dropping:
-            return gates
-        first = torch.arange(len(gates), device=gates.device) < self.share * len(gates)
-        return torch.where(first[:, None, None, None], gates * self.kept, gates)
 
 
 def _nsa(

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from bench.interrupt import Interrupt
-from bench.learn.attention import RowsWithoutSelected
+from bench.learn.gates import RowsWithoutSelected
 from bench.learn.model import Transformer
 from bench.learn.progress import Clock, Progress
 from bench.learn.settings import Settings, twin_shape

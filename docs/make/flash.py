@@ -21,31 +21,36 @@ def where() -> str:
 
 def table() -> str:
     """Each branch and the whole with and without FLASH, beside dense attention where that was timed."""
-    rows = {(row["stage"], row["tokens"], row["engine"]): row for row in result()["rows"]}
+    rows = {(row["stage"], row["tokens"], row["inputs"], row["engine"]): row for row in result()["rows"]}
     lines = [
         "| | tokens | FLASH: ms forward / backward | without | gain | FLASH x cuDNN | without |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for (stage, tokens, engine), row in rows.items():
+    for (*place, engine), row in rows.items():
+        stage, tokens, inputs = place
         if engine != WITH:
             continue
-        other, dense = rows[stage, tokens, WITHOUT], rows["whole", tokens, DENSE]
-        against = [_ratios(dense, x) if stage == "whole" else "" for x in (row, other)]
-        times = [f"{x['forward_ms']:.2f} / {x['backward_ms']:.2f}" for x in (row, other)]
-        cells = (stage, f"{tokens:,}", *times, _ratios(other, row), *against)
-        lines.append(f"| {' | '.join(cells)} |")
+        other, dense = (rows.get((*place, name)) for name in (WITHOUT, DENSE))
+        against = [_ratios(dense, x) for x in (row, other)]
+        times = ["" if x is None else f"{x['forward_ms']:.2f} / {x['backward_ms']:.2f}" for x in (row, other)]
+        name = stage if inputs == "random" else f"{stage}, {inputs}"
+        lines.append(f"| {' | '.join((name, f'{tokens:,}', *times, _ratios(other, row), *against))} |")
     return "\n".join(lines)
 
 
 def memory() -> str:
     """What the whole takes at its peak, with and without FLASH, in a sentence."""
-    rows = [row for row in result()["rows"] if row["stage"] == "whole" and row["engine"] != DENSE]
+    rows = [row for row in result()["rows"] if row["stage"] == "whole" and row["inputs"] == "random"]
+    rows = [row for row in rows if row["engine"] != DENSE]
     peaks = {(row["tokens"], row["engine"]): row["peak_gib"] for row in rows}
     lengths = dict.fromkeys(tokens for tokens, _ in peaks)
-    return "; ".join(f"{peaks[t, WITH]:.1f} GiB against {peaks[t, WITHOUT]:.1f} at {t:,} tokens" for t in lengths) + "."
+    both = [tokens for tokens in lengths if (tokens, WITHOUT) in peaks]
+    return "; ".join(f"{peaks[t, WITH]:.1f} GiB against {peaks[t, WITHOUT]:.1f} at {t:,} tokens" for t in both) + "."
 
 
-def _ratios(slow: Mapping[str, float], fast: Mapping[str, float]) -> str:
+def _ratios(slow: Mapping[str, float] | None, fast: Mapping[str, float] | None) -> str:
+    if slow is None or fast is None:
+        return ""
     return " / ".join(f"{slow[key] / fast[key]:.2f}" for key in ("forward_ms", "backward_ms"))
 
 

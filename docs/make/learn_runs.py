@@ -65,9 +65,12 @@ def sentence_of_budget(results: Sequence[Result]) -> str:
     steps = sorted({row["steps"] for _, row in rows(results)})
     asked = first["config"]["tokens"] // (first["config"]["batch"] * first["config"]["context"])
     ended = sorted({result["status"] for result in results})
+    beside = sorted({result.get("beside", 1) for result in results})
+    others = " to ".join(str(count) for count in dict.fromkeys((beside[0], beside[-1])))
     counts = " to ".join(f"{count:,}" for count in dict.fromkeys((steps[0], steps[-1])))
     return (
         f"{first['device']}, torch {first['torch']}, {first['date'][:10]}: {counts} of {asked:,} planned steps of "
         f"{first['config']['batch'] * first['config']['context']:,} tokens ({', '.join(ended)}), "
-        f"with {first.get('beside', 1)} processes of the plan on the GPU."
+        f"{max(result['config']['minutes'] for result in results):.1f} minutes allowed to each process, with "
+        f"{others} processes of the plan on the GPU."
     )

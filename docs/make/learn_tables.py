@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
+import learn_runs
 from learn_runs import (
     MISSING,
     Result,
@@ -37,17 +38,28 @@ ENDS = {
 
 
 def plan() -> str:
-    """When the comparison was made, and how its runs ended."""
-    found = load("plan")
-    if found is None:
+    """When the comparison was made, in which calls, and how their runs ended."""
+    calls = [found for found in (load(path.stem) for path in sorted(learn_runs.RUNS.glob("plan*.json"))) if found]
+    if not calls:
         return MISSING
-    states = Counter(found["runs"].values())
-    ends = ", ".join(f"{count} {ENDS[state]}" for state, count in states.items())
-    return (
-        f"Made on {found['gpus']} GPU{'s' * (found['gpus'] != 1)} ({found['device']}), torch {found['torch']}, triton "
-        f"{found['triton']}, {found['date'][:10]}, all runs side by side within {found['seconds'] / 60:.1f} minutes, "
-        f"start and compilation included. Of {len(found['runs'])} runs {ends}."
+    lines = ["| made | GPU | runs side by side | minutes | of these |", "|---|---|---|--:|---|"]
+    for call in calls:
+        kept = {name: state for name, state in call["runs"].items() if _stands(call, name, state)}
+        ends = ", ".join(f"{count} {ENDS[state]}" for state, count in Counter(kept.values()).items())
+        lines.append(
+            f"| {call['date'][:16].replace('T', ' ')} | {call['device']} | {', '.join(kept)} | "
+            f"{call['seconds'] / 60:.1f} | {ends} |"
+        )
+    first = calls[0]
+    return "\n".join(
+        [*lines, "", f"torch {first['torch']}, triton {first['triton']}; the minutes hold start and compilation."]
     )
+
+
+def _stands(call: Result, name: str, state: str) -> bool:
+    """Whether the record of that name is of that call, or there is none because the call made none."""
+    found = load(name)
+    return state == "not begun" if found is None else found["commit"] == call["commit"]
 
 
 def mqar(tokens: int) -> str:
@@ -103,6 +115,22 @@ def _margin(found: Mapping[str, Sequence[tuple[Result, Row]]]) -> str:
     if solved < len(full):
         verdict = f"full attention itself reached 0.99 in {solved} of {len(full)} runs, so nothing follows about NSA"
     return f"Mean accuracy: full attention {means['full']:.4f}, NSA {means['nsa']:.4f}{others}: {verdict}."
+
+
+def searching() -> str:
+    """NSA that searches first beside one that has its selected branch from the start, at each size."""
+    lines = [
+        "| tokens | selected branch | accuracy of NSA, by seed | answers in a selected block | if it never joins |",
+        "|--:|---|--:|--:|--:|",
+    ]
+    for tokens in (512, 2048):
+        for label, folder in (("from the start", "reading-first/"), ("joins later", "")):
+            found = by_attention(runs(f"{folder}mqar-{tokens}-"))
+            if {"nsa", "nsa-no-selected"} <= found.keys():
+                seeds, never = ([row for _, row in found[name]] for name in ("nsa", "nsa-no-selected"))
+                accuracy = ", ".join(f"{row['accuracy'][-1][1]:.3f}" for row in seeds)
+                lines.append(f"| {tokens:,} | {label} | {accuracy} | {_hits(seeds)} | {_hits(never)} |")
+    return "\n".join(lines) if len(lines) > 2 else MISSING
 
 
 def passkey() -> str:
@@ -191,6 +219,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "learn plan": plan,
     "learn mqar 512": lambda: mqar(512),
     "learn mqar 2048": lambda: mqar(2048),
+    "learn searching": searching,
     "learn passkey": passkey,
     "learn text": text,
     "learn stability": stability,

@@ -45,7 +45,7 @@ def stages(device: str) -> str:
 
 def sharing(device: str) -> str:
     """How alike 8 adjacent queries selected, for each case of the run in which that was measured."""
-    rows = result(f"{device}-eager")["rows"]
+    rows = result(device)["rows"]
     found = {case: report.shared(rows, case) for case in report.case_names(rows)}
     return "; ".join(f"`{case}` {report.in_words(shared)}" for case, shared in found.items() if shared) + "."
 
@@ -55,18 +55,6 @@ def memory(device: str) -> str:
     rows = result(f"{device}-recompute")["rows"]
     tables = [report.memory_table(rows, case) for case in report.case_names(rows)]
     return "\n\n".join([*(table for table in tables if table is not None), where(f"{device}-recompute")])
-
-
-def latest(device: str) -> str:
-    """The times of the latest run, in which dense attention was not reached."""
-    rows = result(f"{device}-eager")["rows"]
-    lines = ["| case, `flexnsa-eager` | tokens | forward ms | backward ms | peak GiB |", "|---|--:|--:|--:|--:|"]
-    lines += [
-        f"| {row['case']} | {row['tokens']:,} | {row['forward_ms']:.1f} | {row['backward_ms']:.1f} "
-        f"| {row['peak_gib']:.1f} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + f"\n\n{where(f'{device}-eager')}"
 
 
 def growth(device: str) -> str:
@@ -96,7 +84,7 @@ def picture(device: str) -> Figure:
     return sheet
 
 
-DETAILS = (("sharing", sharing), ("memory", memory), ("latest", latest))
+DETAILS = (("sharing", sharing), ("memory", memory))
 TABLES: Mapping[str, Callable[[], str]] = {
     f"speed {name} {device}": (lambda make=make, device=device: make(device))
     for name, make in (("where", where), ("times", times), ("stages", stages), ("growth", growth), *DETAILS)
