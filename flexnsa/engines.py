@@ -122,6 +122,7 @@ def choose(
         NotImplementedError: the engine asked for cannot run this call; the message says why and what can.
     """
     call = _Call(tensors, mods, mask_mod, num_selected, static, lse_grad)
+    _check_compiled_mask(impl, stage, call)
     if impl == "auto":
         obstacles: list[str] = []
         for candidate in AUTO:
@@ -220,7 +221,7 @@ def _obstacle(engine: Engine, stage: Stage, call: _Call) -> str | None:
     if engine == "reference":
         return None
     if engine == "flex":
-        return _flex_obstacle(call) or (_selected_by_flex_obstacle(call) if stage == "selected" else None)
+        return _flex_obstacle(call)
     return _flash_obstacle(call) if engine == "flash" and stage in STATIC else _triton_obstacle(call)
 
 
@@ -282,8 +283,13 @@ def _flex_obstacle(call: _Call) -> str | None:
     return None
 
 
-def _selected_by_flex_obstacle(call: _Call) -> str | None:
-    """Beside other work in one compiled graph the selected blocks under a mask have come out wrong on torch 2.11."""
-    if call.device == "cuda" and call.mask_mod is not None and torch.compiler.is_compiling():
-        return f"under torch.compile on CUDA it is not sure to be right with a mask_mod, got {name_of(call.mask_mod)}"
-    return None
+def _check_compiled_mask(impl: Impl, stage: Stage, call: _Call) -> None:
+    """Compiled on CUDA, torch 2.11, a whole layer under a mask that triton did not take has come out wrong."""
+    chosen_here = impl == "flex" or (impl == "auto" and _triton_obstacle(call) is not None)
+    compiled = call.device == "cuda" and torch.compiler.is_compiling()
+    if stage not in STATIC and compiled and chosen_here and call.mask_mod is not None:
+        raise NotImplementedError(
+            f'mask_mod {name_of(call.mask_mod)} with impl="{impl}" is not sure to be right under torch.compile on '
+            'CUDA; call it uncompiled, use impl="reference", or impl="triton" and a mask that says its interval '
+            "(flexnsa_masks.with_interval)"
+        )
