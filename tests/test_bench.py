@@ -248,8 +248,12 @@ def test_a_second_ctrl_c_stops_at_once(task, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Twin, "learn", impatient)
-    with pytest.raises(KeyboardInterrupt):
-        comparison(task, tmp_path).run()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            comparison(task, tmp_path).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "running"
 
 
