@@ -17,8 +17,7 @@ class WithoutBranch(nn.Module):
     def __init__(self, gate: Callable[[Tensor], Tensor], branch: str):
         super().__init__()
         self.gate = gate
-        kept = torch.tensor([float(name != branch) for name in BranchKV._fields])
-        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("kept", _all_but(branch), persistent=False)
 
     def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b h t branches"]:
         """The gate's values, one of them replaced."""
@@ -43,8 +42,7 @@ class RowsWithoutSelected(nn.Module):
         super().__init__()
         self.gate = gate
         self.dropping = False
-        kept = torch.tensor([float(name != "selected") for name in BranchKV._fields])
-        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("kept", _all_but("selected"), persistent=False)
         self.register_buffer("share", torch.zeros(()), persistent=False)
 
     def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b h t branches"]:
@@ -54,3 +52,8 @@ class RowsWithoutSelected(nn.Module):
             return gates
         first = torch.arange(len(gates), device=gates.device) < self.share * len(gates)
         return torch.where(first[:, None, None, None], gates * self.kept, gates)
+
+
+def _all_but(branch: str) -> Tensor:
+    """1 for each branch, 0 for this one."""
+    return torch.tensor([float(name != branch) for name in BranchKV._fields])
