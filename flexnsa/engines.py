@@ -122,7 +122,6 @@ def choose(
         NotImplementedError: the engine asked for cannot run this call; the message says why and what can.
     """
     call = _Call(tensors, mods, mask_mod, num_selected, static, lse_grad)
-    _check_compiled_mask(impl, stage, call)
     if impl == "auto":
         obstacles: list[str] = []
         for candidate in AUTO:
@@ -281,15 +280,3 @@ def _flex_obstacle(call: _Call) -> str | None:
     if call.differentiated:
         return "FlexAttention has no backward on a CPU (call it under torch.no_grad() for the forward)"
     return None
-
-
-def _check_compiled_mask(impl: Impl, stage: Stage, call: _Call) -> None:
-    """Compiled on CUDA, torch 2.11, a whole layer under a mask that triton did not take has come out wrong."""
-    chosen_here = impl == "flex" or (impl == "auto" and _triton_obstacle(call) is not None)
-    compiled = call.device == "cuda" and torch.compiler.is_compiling()
-    if stage not in STATIC and compiled and chosen_here and call.mask_mod is not None:
-        raise NotImplementedError(
-            f'mask_mod {name_of(call.mask_mod)} with impl="{impl}" is not sure to be right under torch.compile on '
-            'CUDA; call it uncompiled, use impl="reference", or impl="triton" and a mask that says its interval '
-            "(flexnsa_masks.with_interval)"
-        )

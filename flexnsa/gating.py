@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -63,6 +62,8 @@ def note_gate(gate: Float[Tensor, "b hq tq"], output: AttentionOutput) -> Attent
     if not _by_kernel(gate, output):
         return output
     out = output.out if output.out.stride(-1) == 1 else output.out.contiguous()
+    if not torch.is_grad_enabled():
+        return Gated(out, output.lse)
     return Gated(_Weigh.apply(gate, out, output.lse), output.lse)
 
 
@@ -111,18 +112,26 @@ def _mixed(gates: Tensor, outputs: Sequence[AttentionOutput | Gated]) -> Tensor:
         for gate, output in zip(gates.unbind(-1), outputs, strict=True)
     ]
     outs, lses = zip(*noted, strict=True)
-    if isinstance(noted[0], Gated):
-        mixed: Tensor = _Sum.apply(gates.detach(), lses, *outs)
-        return mixed
-    return _mix(gates, outs, lses)
+    if not isinstance(noted[0], Gated):
+        return _mix(gates, outs, lses)
+    mixed: Tensor = _Sum.apply(gates.detach(), lses, *outs) if torch.is_grad_enabled() else _sum(gates, lses, outs)
+    return mixed
 
 
 def _mix(gates: Tensor, outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> Tensor:
+    # Split, with an axis of length 1 that stays: of a gate's gradient, a sum whose strides it has yet to choose,
+    # Inductor of torch 2.11 to 2.13 makes a view with other strides than it then chooses, and reads wrong numbers.
     first, *others = (
-        gate.masked_fill(lse == -torch.inf, 0).unsqueeze(-1) * out
-        for gate, out, lse in zip(gates.unbind(-1), outs, lses, strict=True)
+        gate.masked_fill((lse == -torch.inf).unsqueeze(-1), 0) * out
+        for gate, out, lse in zip(gates.split(1, dim=-1), outs, lses, strict=True)
     )
     return sum(others, start=first)
+
+
+def _sum(gates: Tensor, lses: Sequence[Tensor], outs: Sequence[Tensor]) -> Tensor:
+    from flexnsa.kernels.gates import mix  # imports triton
+
+    return mix(gates, outs, lses)
 
 
 class _Weigh(torch.autograd.Function):
@@ -146,9 +155,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, lses: tuple[Tensor, ...], *outs: Tensor) -> Tensor:
-        from flexnsa.kernels.gates import mix  # imports triton
-
-        return mix(gates, outs, lses)
+        return _sum(gates, lses, outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -173,4 +180,4 @@ class SigmoidGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t dim"]) -> Float[Tensor, "b hq t branches"]:
         """Gate values in 0 .. 1, ``[b, hq, t, branches]``, for ``x [b, t, dim]``."""
-        return rearrange(self.proj(x), "b t (h branches) -> b h t branches", branches=self.num_branches).sigmoid()
+        return self.proj(x).sigmoid().unflatten(-1, (-1, self.num_branches)).transpose(1, 2)

@@ -77,12 +77,13 @@ def selected_attention(
     num_blocks = config.num_blocks(k.shape[2])
 
     def chosen(queries: slice, keys: slice) -> Tensor:
-        member = Selection(selection.indices[:, :, queries]).to_mask(num_blocks)
+        some = Selection(selection.indices[:, :, queries])
         if not table.packed:
-            return member.repeat_interleave(config.select_block, -1)[:, :, None, :, keys]
+            return _tokens_of(some, keys.stop, config)[:, :, None, :, keys]
         token = torch.arange(keys.start, keys.stop, device=q.device)
         block = (token - table.start[:, queries, None]) // config.select_block
         inside = (block >= 0) & (block < num_blocks)
+        member = some.to_mask(num_blocks)
         index = block.where(inside, 0)[:, None].expand(*member.shape[:2], -1, -1)
         return (member.gather(-1, index) & inside[:, None])[:, :, None]
 
@@ -90,6 +91,23 @@ def selected_attention(
     visible = _both(chosen, _visible_tokens(q, k, table))
     modify = _modifier(score_mod, q, k, table)
     return attention(q, k, v, visible, modify, scale, reach if table.visible is None else None)
+
+
+def _tokens_of(selection: Selection, num_tokens: int, config: NSAConfig) -> Bool[Tensor, "b hk tq tk"]:
+    """Whether each of the first tokens lies in a block that the query selects.
+
+    Compiled, each token is written by itself. A table of blocks read for token ``// select_block`` comes out wrong:
+    Inductor of torch 2.11 to 2.13 on a CPU cuts that loop into whole blocks and skips the tokens that are left over.
+    """
+    if not torch.compiler.is_compiling():
+        member = selection.to_mask(config.num_blocks(num_tokens))
+        return member.repeat_interleave(config.select_block, -1)[..., :num_tokens]
+    block = selection.indices.long()[..., None]
+    token = block * config.select_block + torch.arange(config.select_block, device=block.device)
+    # Padding, and what the last block lacks, is written to one slot past the end, which is then cut off.
+    slot = token.masked_fill((block < 0) | (token >= num_tokens), num_tokens).flatten(3)
+    table = torch.zeros(*slot.shape[:3], num_tokens + 1, dtype=torch.bool, device=slot.device)
+    return table.scatter(-1, slot, True)[..., :num_tokens]
 
 
 def _reach(table: QueryTable, keys: Callable[[int, int], slice]) -> Reach | None:
