@@ -322,19 +322,33 @@ def test_a_step_fills_its_waves(lanes: int):
     assert programs > (0.85 if lanes <= 1024 else 0.75) * -(-programs // decode.WAVE) * decode.WAVE
 
 
-@pytest.mark.parametrize("programs", [1, 2, 6], ids=("alone", "merged by the last", "merged by a launch"))
+DIVISIONS = {
+    "alone": {"split": False},
+    "merged by the last": {"split": True},
+    "merged by a launch": {"split": True, "FEW_PARTS": 1},
+    "each chooses": {"split": True, "FEW_LANES": 1000},
+    "one chooses and attends": {"split": False, "FEW_LANES": 1000},
+    "each chooses, two heads at a time": {"split": True, "FEW_LANES": 1000, "READ": 64},
+}
+"""How a step's work is divided over programs."""
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
 @pytest.mark.parametrize("name", KERNEL_SHAPES)
-def test_triton_equals_reference(name: str, programs: int, monkeypatch):
-    plan = decode.plan_step
+def test_triton_equals_reference(name: str, division: str, monkeypatch):
+    plan, limits = decode.plan_step, {"FEW_LANES": 0} | DIVISIONS[division]
+    split = limits.pop("split")
 
     def small(*args):
         found = plan(*args)
-        split = min(found.compressed, 2), min(found.window, 2), min(args[2].num_selected, 2)
-        compressed, window, selected = split if programs > 1 else (1, 1, 1)
-        return found._replace(compressed=compressed, window=window, selected=selected, rows=2)
+        if not split:
+            return found._replace(compressed=1, window=1, selected=1, rows=2)
+        parts = min(found.compressed, 2), min(found.window, 2), min(args[2].num_selected, 2)
+        return found._replace(compressed=parts[0], window=parts[1], selected=parts[2], rows=2)
 
     monkeypatch.setattr(decode, "plan_step", small)
-    monkeypatch.setattr(decode, "FEW_PARTS", 1 if programs == 6 else 4)
+    for limit, value in limits.items():
+        monkeypatch.setattr(decode, limit, value)
     shape = KERNEL_SHAPES[name]
     x, pages = on_kernels(shape, torch.float32)
     expected = paged_step(x.q, x.gates, pages, x.lengths, shape.config, scale=0.3, impl="reference")
@@ -548,6 +562,22 @@ def test_kernels_on_a_gpu(name: str):
     print(f"{name}: error {error:.2e}, lanes that select differently {differing:.3f}")
     assert error <= {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}[dtype]
     assert differing <= 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("few", [0, 1000], ids=("one chooses", "each chooses"))
+@pytest.mark.parametrize("group", [3, 16])
+def test_ties_go_to_the_lowest_block_on_a_gpu(group: int, few: int, monkeypatch):
+    """Repeated tokens in blocks at the end of a tile and in others, whose importances must be the same bits."""
+    monkeypatch.setattr(decode, "FEW_LANES", few)
+    for seed in range(8):
+        shape = Shape(NSAConfig(4, 2, 8, 5, 0, 0, 5), (1301, 955), group=group, d=16, values="repeated", seed=seed)
+        x, pages = on_kernels(shape, torch.float32)
+        expected = paged_step(x.q, x.gates, pages, x.lengths, shape.config, scale=0.3, impl="reference")
+        moved = PagedKV(*(Pages(*(y.cuda() for y in p)) for p in pages))
+        q, gates, lengths = (y.cuda() for y in (x.q, x.gates, x.lengths))
+        found = paged_step(q, gates, moved, lengths, shape.config, scale=0.3, impl="triton")
+        assert torch.equal(found.selection.indices.cpu(), expected.selection.indices)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ STEPS = 10
 """Steps of a graph."""
 
 REPLAYS = 9
-"""Replays, of which the median is taken."""
+"""Replays, of which the median is taken, after one that is not counted."""
 
 CALLS = 5
 """Calls of eager work, likewise."""
@@ -34,8 +34,9 @@ class Time(NamedTuple):
 class Stopwatch:
     """Times steps on one device.
 
-    On CUDA a graph holds ``STEPS`` times a read of ``FLUSHED`` bytes and a step; the time of a graph of the reads alone
-    is taken off. A read leaves the cache full of lines that need not be written back.
+    On CUDA a graph holds ``STEPS`` times a read of ``FLUSHED`` bytes and a step. The time of a graph of the reads
+    alone, replayed just before it, is taken off: they take longer than a short step, so a drift of theirs would count.
+    A read leaves the cache full of lines that need not be written back.
     """
 
     def __init__(self, device: torch.device):
@@ -43,7 +44,7 @@ class Stopwatch:
         if device.type == "cuda":
             self._filler = torch.zeros(FLUSHED // 4, device=device)
             self._sum = torch.zeros((), device=device)
-            self._read = statistics.median(_replays(_capture(self._flush)))
+            self._reads = _capture(self._flush)
 
     def time(self, step: Callable[[], object]) -> Time:
         """Microseconds of one step."""
@@ -57,8 +58,10 @@ class Stopwatch:
             self._flush()
             step()
 
-        times = _replays(_capture(cold))
-        return Time(*(1e3 * (x - self._read) / STEPS for x in (statistics.median(times), min(times), max(times))))
+        graph = _capture(cold)
+        pairs = [(_replay(self._reads), _replay(graph)) for _ in range(REPLAYS + 1)][1:]
+        times = [both - reads for reads, both in pairs]
+        return Time(*(1e3 * x / STEPS for x in (statistics.median(times), min(times), max(times))))
 
     def wall(self, work: Callable[[], object]) -> Time:
         """Microseconds of eager work as its caller waits for them, after one call that is not counted."""
@@ -89,14 +92,11 @@ def _capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replays(graph: torch.cuda.CUDAGraph) -> list[float]:
-    """Milliseconds of each replay, after one that is not counted."""
-    times = []
-    for _ in range(REPLAYS + 1):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times[1:]
+def _replay(graph: torch.cuda.CUDAGraph) -> float:
+    """Milliseconds of a replay."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)

@@ -1,10 +1,17 @@
 """The table of a decoding step's time, from what ``python -m bench decode`` recorded."""
 
+from typing import Any
+
 import recorded
 
 from bench.decode import report
+from bench.decode.cases import CEILING, LARGE
 
 RESULT = "decode/h200"
+
+DESIGNS = "decode/designs"
+
+CHOSEN = " (chosen)"
 
 
 def table() -> str:
@@ -28,3 +35,39 @@ def _chunks(rows: list[report.Row]) -> str:
 def where() -> str:
     """The device, the versions and the date, in a sentence."""
     return f"{recorded.where(recorded.result(RESULT))}."
+
+
+def designs() -> str:
+    """Every division of one sequence's step that was timed, the fastest of the longest sequence first."""
+    rows, lengths = _by_design()
+    lines = ["| design | " + " | ".join(f"{n // 1024}k, µs | cached" for n in lengths) + " |"]
+    lines.append("|---" + "|--:" * 2 * len(lengths) + "|")
+    for name, found in sorted(rows.items(), key=lambda item: item[1][lengths[-1]]["us"]):
+        bold = "**" if name.endswith(CHOSEN) else ""
+        cells = [bold + name.removesuffix(CHOSEN) + bold]
+        for row in (found[n] for n in lengths):
+            cells += [f"{bold}{row['us']:.1f}{bold}", f"{row['in_cache_us']:.1f}" if "in_cache_us" in row else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\n{recorded.where(recorded.result(DESIGNS))}."
+
+
+def bounds() -> str:
+    """What the time of one sequence's step goes to, in two sentences."""
+    rows, lengths = _by_design()
+    tokens = lengths[-1]
+    row = next(found for name, found in rows.items() if name.endswith(CHOSEN))[tokens]
+    case = next(case for case in LARGE if (case.name, case.tokens) == ("single", tokens))
+    first, two, least = row["first_launch_us"], row["two_launches_us"], 1e6 * case.sparse_bytes / CEILING
+    return (
+        f"At {tokens:,} tokens all keys and values that a step reads take {least:.1f} µs at the ceiling. The first "
+        f"launch alone takes {first:.1f} µs, the second {two - first:.1f} µs more; with everything in the L2 cache "
+        f"already the whole step takes {row['in_cache_us']:.1f} µs rather than {row['us']:.1f}."
+    )
+
+
+def _by_design() -> tuple[dict[str, dict[int, Any]], list[int]]:
+    """(design -> tokens -> row, the lengths)."""
+    found: dict[str, dict[int, Any]] = {}
+    for row in recorded.result(DESIGNS)["rows"]:
+        found.setdefault(row["design"], {})[row["tokens"]] = row
+    return found, sorted({tokens for rows in found.values() for tokens in rows})

@@ -31,6 +31,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "conversion": conversion.table,
     "decode": decode.table,
     "decode where": decode.where,
+    "decode designs": decode.designs,
+    "decode bounds": decode.bounds,
     "distributed": distributed.table,
     "gpu tests": gpu_tests.table,
     "learn": learn.table,

@@ -10,13 +10,27 @@ from torch import Tensor
 
 from flexnsa.config import NSAConfig
 from flexnsa.kernels.configs import padded, shared_memory
-from flexnsa.kernels.decode_steps import add_selected, attend_selected, attend_static, select
+from flexnsa.kernels.decode_chosen import attend_chosen
+from flexnsa.kernels.decode_selected import add_selected, attend_selected, select
+from flexnsa.kernels.decode_static import attend_static
 from flexnsa.kernels.scoring import LOG2E
 from flexnsa.pages import PagedKV, Pages
 from flexnsa.types import BranchKV
 
 WAVE = 396
 """Programs that an H200 runs at a time, three on each multiprocessor."""
+
+FEW_LANES = 16
+"""Lanes that leave so much of a device idle that every program of the selected branch chooses for itself."""
+
+MOST_BLOCKS = 8192
+"""Blocks among which it can, for it holds a score and a page of each."""
+READ = 32768
+"""Numbers of importance that such a program reads at a time, all in registers."""
+
+SUMS: dict[str, Any] = {"enable_fp_fusion": False}
+"""How kernels are compiled that sum importances: a product is rounded before it is added, in every block alike. Fused
+additions would round those blocks once that are not joined of two tiles, and ties would be none."""
 
 MANY_LANES = 64
 """Lanes that keep a large device busy with little dividing: programs that start early only stand in the way there."""
@@ -52,7 +66,9 @@ class Plan(NamedTuple):
         run: tiles of compressed tokens whose shares in the importance a program sums over the heads.
         compressed: programs that share a lane's compressed tokens.
         window: programs that share a lane's window.
-        selected: programs that share a lane's selected blocks; up to ``FEW_PARTS`` write the output themselves.
+        alone: whether each of those that share the selected blocks chooses them for itself.
+        selected: programs that share a lane's selected blocks; up to ``FEW_PARTS`` write the output themselves, unless
+            they choose.
         rows: heads that a program merges.
     """
 
@@ -62,6 +78,7 @@ class Plan(NamedTuple):
     run: int
     compressed: int
     window: int
+    alone: bool
     selected: int
     rows: int
 
@@ -81,11 +98,19 @@ def plan_step(lanes: int, blocks: int, config: NSAConfig, row_bytes: int, group:
     keys = min(widest, padded(config.select_block))
     compressed = min(_filling(lanes), triton.cdiv(blocks, tile), 32)
     window = max(1, min(256 // lanes, config.window // keys, 16))
-    selected = max(1, min(128 // lanes, config.num_selected))
-    rows = max(1, min(_power(group), 16 // _power(max(compressed, window, selected))))
+    alone = lanes <= FEW_LANES and _scores(blocks, config) <= MOST_BLOCKS
+    # Those that choose have a multiprocessor each, or two at most share one: all of them read every importance.
+    selected = min(max(8, 64 // lanes) if alone else max(1, 128 // lanes), config.num_selected)
+    least = 2 if alone and lanes >= 8 else 1
+    rows = min(_power(group), max(least, 16 // _power(max(compressed, window, selected))))
     shares = 512 if lanes < MANY_LANES else 4096
     run = max(1, min(32, shares // padded(group) // tile))
-    return Plan(tile, keys, stages, run, compressed, window, selected, rows)
+    return Plan(tile, keys, stages, run, compressed, window, alone, selected, rows)
+
+
+def _scores(blocks: int, config: NSAConfig) -> int:
+    """Blocks of a row among which a program chooses."""
+    return max(32, _power(config.num_selected), _power(blocks))
 
 
 def _filling(lanes: int) -> int:
@@ -204,11 +229,13 @@ def run_step(
     blocks, slots = config.num_blocks(layout.capacity), max(16, _power(config.num_selected))
     row_bytes = (padded(d) + padded(dv)) * q.element_size()
     plan = plan_step(lanes, blocks, config, row_bytes, group, shared_memory(q.device))
-    merges = plan.selected <= FEW_PARTS
+    residues = _power(config.select_block // config.compress_stride)
     tiles, runs, rows = (
         triton.cdiv(*x) for x in ((blocks, plan.blocks), (blocks, plan.run * plan.blocks), (group, plan.rows))
     )
-    pitch = triton.cdiv(tiles * plan.blocks, 16) * 16
+    pitch, tiles_pitch = (triton.cdiv(x, 16) * 16 for x in (tiles * plan.blocks, tiles))
+    size = _scores(blocks, config)
+    merges = plan.selected <= FEW_PARTS and not plan.alone
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(lanes, *shape, dtype=dtype, device=q.device)
@@ -216,18 +243,20 @@ def run_step(
     arguments: dict[str, Any] = {
         "q": q, "lengths": lengths, "gates": gates, "out": out, "scale_log2": scale * LOG2E.value,
         "indices": scratch(config.num_selected, dtype=torch.int32), "arrived": scratch(dtype=torch.int32),
-        "mixed": scratch(group, dv), "sums": scratch(pitch), "shares": scratch(group, pitch),
-        "edges": scratch(group, tiles, 2), "tile_peaks": scratch(group, tiles), "pitch": pitch, "tiles_pitch": tiles,
-        "heads": heads, "capacity": layout.capacity, "BEHIND": layout.behind, "WIN_RING": layout.ring,
-        "imp_programs": runs, "G": group, "HEADS": padded(group), "D": d, "DV": dv, "D_PAD": padded(d),
-        "DV_PAD": padded(dv), "BLOCKS": plan.blocks, "RESIDUES": _power(config.select_block // config.compress_stride),
-        "KEYS": plan.keys, "N": slots, "S": max(slots, 32, _power(blocks)), "TILES": plan.run,
+        "mixed": scratch(group, dv), "sums": scratch(pitch), "shares": scratch(group, pitch), "pitch": pitch,
+        "tiles_pitch": tiles_pitch, "heads": heads, "capacity": layout.capacity, "BEHIND": layout.behind,
+        "WIN_RING": layout.ring, "imp_programs": runs, "G": group, "HEADS": padded(group), "D": d, "DV": dv,
+        "D_PAD": padded(d), "DV_PAD": padded(dv), "BLOCKS": plan.blocks, "RESIDUES": residues, "KEYS": plan.keys,
+        "N": slots, "S": size, "TILES": plan.run, "ALL_TILES": triton.cdiv(size, plan.blocks),
         "WIN_BLOCKS": _power(triton.cdiv(config.window - 1, config.select_block) + 1), "MERGES": merges,
-        "ROWS": plan.rows, "STAGES": plan.stages,
+        "ROWS": plan.rows, "STAGES": plan.stages, "OWN": _own(config, plan), "SLC_STAGES": min(plan.stages, 2),
+        "CHUNK": min(padded(group), max(1, READ // size)) if plan.alone else padded(group),
         # Compressed keys wait for their page's number, which is therefore looked up as much earlier.
         "LATER_STAGES": 2 * plan.stages - 1, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "EARLY": lanes < MANY_LANES and _starts_early(q.device),
     }  # fmt: skip
+    edges = ("ends", "befores", "afters", "tile_peaks", "next_peaks")
+    arguments |= {name: scratch(group, tiles_pitch) for name in edges}
     arguments |= {name.upper(): value for name, value in asdict(config).items()}
     arguments |= _strides("q", q, "batch head _ dim") | _strides("out", out, "batch head _ dim")
     arguments |= _strides("gate", gates, "batch head _ branch")
@@ -239,17 +268,30 @@ def run_step(
     compressed, selected, window = (_reading(part, layout.ring > 0) for part in pages)
     static = compressed | {_windowed(name): value for name, value in window.items()}
     _launch(attend_static, (lanes, plan.compressed + plan.window), arguments | static, first=True)
-    _launch(select, (lanes, runs + rows), arguments)
-    _launch(attend_selected, (plan.selected, lanes), arguments | selected)
+    if plan.alone:
+        _launch(attend_chosen, (plan.selected + rows, lanes), arguments | selected, num_warps=8, **SUMS)
+    else:
+        _launch(select, (lanes, runs + rows), arguments, **SUMS)
+        _launch(attend_selected, (plan.selected, lanes), arguments | selected)
     if not merges:
         _launch(add_selected, (rows, lanes), arguments)
     return arguments["indices"].view(batch, heads, 1, -1)
 
 
-def _launch(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], *, first: bool = False) -> None:
+def _own(config: NSAConfig, plan: Plan) -> int:
+    """Selected blocks, rounded up to a power of two, of which a program may be given a part."""
+    parts = triton.cdiv(config.select_block, plan.keys)
+    return _power((triton.cdiv(config.num_selected * parts, plan.selected) + parts - 2) // parts + 1)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], *, first: bool = False, **options: Any
+) -> None:
     """Run a kernel on those of the arguments that it names; all but a step's first may start early."""
-    options = {"launch_pdl": True} if arguments["EARLY"] and not first else {}
-    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=4, **options)
+    options = {"num_warps": 4} | options
+    if arguments["EARLY"] and not first:
+        options["launch_pdl"] = True
+    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options)
 
 
 def _reading(pages: Pages, whole: bool) -> dict[str, Any]:

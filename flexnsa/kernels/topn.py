@@ -78,7 +78,7 @@ def split_tile(tile, rows, tq, R: tl.constexpr):
 
 
 @triton.jit
-def _count_bits(words):
+def count_bits(words):
     """Set bits of each word, as every processor can count them, the interpreter too."""
     words = words - ((words >> 1) & 0x55555555)
     words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
@@ -153,14 +153,14 @@ def choose_among(
     if MASKED:
         local = _below(own + 1, first) & ~_below(tl.maximum(own + 1 - NUM_LOCAL, 0), first)
         forced = forced & ~_below(lowest, first) & (_below(NUM_INITIAL, first) | local)
-        wanted = NUM_SELECTED - tl.sum(_count_bits(forced).to(tl.int32), axis=1, keep_dims=True)
+        wanted = NUM_SELECTED - tl.sum(count_bits(forced).to(tl.int32), axis=1, keep_dims=True)
     else:
         initial = tl.minimum(highest + 1, NUM_INITIAL)
         before_local = tl.maximum(highest + 1 - NUM_LOCAL, initial)
         forced = forced & (_below(initial, first) | ~_below(before_local, first))
         wanted = NUM_SELECTED - initial - (highest + 1 - before_local)
     words = forced | _keep(scores, lowest, highest, own, touched, wanted, NUM_INITIAL, NUM_LOCAL, S, N, ROWS, MASKED)
-    bits = _count_bits(words).to(tl.int32)
+    bits = count_bits(words).to(tl.int32)
     total = tl.sum(bits, axis=1, keep_dims=True)
     slot = slots + (tl.cumsum(bits, axis=1) - bits)
     while tl.max(words) > 0:
