@@ -15,6 +15,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -79,7 +81,7 @@ def step(c: Config) -> None:
     """A decoding step over pages and the append, of few sequences, whose work is split, of more, and of many."""
     block, tokens = c.select_block, 8192
     compressed = block // c.geometry.compress_stride
-    for batch in (32, 1, 256):  # the last program merges, a launch does, there is nothing to merge
+    for batch in (32, 1, 8, 256):  # the last program merges, each chooses, a launch merges, there is nothing to merge
         pages = PagedKV(
             *(
                 Pages(
@@ -117,6 +119,9 @@ class Launch(NamedTuple):
                 signature[parameter.name], constants[(i,)] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, HopperDescriptor):
+                tile = f"{POINTERS[value.base.dtype][1:]}{value.block_shape}"
+                signature[parameter.name] = f"tensordesc<{tile},{value.layout!r}>"
             elif isinstance(value, TensorDescriptor):
                 signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, float):
@@ -125,7 +130,8 @@ class Launch(NamedTuple):
                 signature[parameter.name] = "i64" if abs(value) >= 2**31 else "i32"
                 if value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(i,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constants, attributes)
+        source = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        return source(self.kernel, signature, constants, attributes)
 
     def key(self) -> str:
         """Launches of one key compile to the same."""
@@ -154,6 +160,7 @@ def launches(operator: Callable[[Config], None], config: Config, limit: int) -> 
     for module in (configs, scoring, selected_forward, selected_backward, decode):
         module.shared_memory = lambda device: limit
     selected_forward.generation = lambda device: config.capability // 10
+    selected_forward._has_hopper_kernel = lambda device: config.capability == 90
     for module in (scoring, selected, decode):
         module._computable = lambda x: x
     operator(config)
@@ -162,6 +169,7 @@ def launches(operator: Callable[[Config], None], config: Config, limit: int) -> 
 
 PRODUCTS = (
     "_score",
+    "fetched_attention",
     "tile_attention",
     "query_attention",
     "pair_attention",
@@ -170,6 +178,7 @@ PRODUCTS = (
     "query_gradients",
     "attend_static",
     "attend_selected",
+    "attend_chosen",
 )
 """The kernels with matrix products: those that take much shared memory, and long to compile."""
 

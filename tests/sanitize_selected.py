@@ -33,6 +33,7 @@ from flexnsa.kernels import selected_backward  # noqa: E402
 SELECTED = [  # batch, KV heads, group, d, dv, select_block, tokens, documents, num_selected, seed, dtype
     (1, 1, 3, 80, 96, 32, 70, True, 3, 5, torch.float16),
     (1, 2, 16, 64, 64, 16, 50, False, 3, 3, torch.bfloat16),
+    (1, 1, 16, 128, 128, 64, 150, True, 2, 7, torch.bfloat16),
 ]
 LONG_SELECTED = [
     *((2, 2, group, 64, 64, 16, 200, documents, 5, 4, torch.bfloat16) for group in (1, 4, 8) for documents in (0, 1)),
@@ -45,8 +46,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 KERNELS = {
     "_score", "_top_blocks", "_locate", "_divide", "_pair_keys", "_tabulate", "tile_attention", "query_attention",
     "pair_attention", "merge_pairs", "row_statistics", "pair_gradients", "sum_split_bins", "settle", "sum_query_pairs",
-    "tile_gradients", "query_gradients", "attend_static", "attend_selected", "_store",
+    "tile_gradients", "query_gradients", "attend_static", "attend_chosen", "select", "attend_selected", "add_selected",
+    "_store",
 }  # fmt: skip
+if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9:
+    KERNELS.add("fetched_attention")
 LAUNCHED: set[str] = set()
 
 
@@ -103,7 +107,7 @@ def main(*asked: str) -> None:
     note_launches(InterpretedFunction if DEVICE == "cpu" else JITFunction)
     selected_backward._ROWS_PER_ITEM = 128  # so that few queries are several items already
     calls = [(attend, case) for case in SELECTED]
-    calls += [(score, (90, 4, torch.bfloat16)), (step, ((90, 0, 33),))]
+    calls += [(score, (90, 4, torch.bfloat16)), (step, ((90, 0, 33),)), (step, (tuple(range(0, 80, 4)),))]
     if "--long" in asked:
         calls += [(attend, case) for case in LONG_SELECTED]
         calls += [(score, (tokens, group, torch.float16)) for tokens in (40, 211) for group in (1, 16)]

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from flexnsa.kernels.launch import Kernel, ceil_div, next_power
+from flexnsa.kernels.launch import Kernel, ceil_div, is_watched, next_power
 
 
 class OnDevice(Tensor):
@@ -104,3 +106,28 @@ def test_no_more_kinds_are_remembered_than_it_says(kernel: Kernel, monkeypatch: 
 def test_sizes():
     assert [ceil_div(x, 4) for x in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert [next_power(x) for x in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
+
+
+def test_a_plain_call_without_gradients_is_not_watched():
+    x = torch.zeros(3)
+    assert is_watched(x)
+    with torch.no_grad():
+        assert not is_watched(x, x)
+        assert is_watched(x, tensor())
+
+
+def test_modes_traces_and_transforms_watch():
+    x, answers = torch.zeros(3), []
+
+    def ask(x: Tensor) -> Tensor:
+        answers.append(is_watched(x))
+        return x
+
+    with torch.no_grad():
+        with FlopCounterMode(display=False):
+            ask(x)
+        with FakeTensorMode():
+            ask(torch.zeros(3))
+        torch.vmap(ask)(x)
+        torch.compile(ask, backend="eager", fullgraph=True)(x)
+    assert answers == 4 * [True]

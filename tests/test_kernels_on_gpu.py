@@ -21,7 +21,7 @@ from flexnsa import (
     select_blocks,
 )
 from flexnsa.compression import compress
-from flexnsa.kernels import selected, selected_backward
+from flexnsa.kernels import selected, selected_backward, selected_forward
 from flexnsa.kernels.selected import selected_attention
 from flexnsa_masks import causal, or_masks, prefix, sliding_window, with_interval
 
@@ -376,6 +376,35 @@ def test_garbage_indices_are_harmless(config):
     wild = torch.randint(-(2**31), 2**31 - 1, p.indices.shape, generator=rng, device="cuda").int()
     wild = wild.where(torch.rand(wild.shape, generator=rng, device="cuda") < 0.5, p.indices)
     assert all(x.isfinite().all() for x in p._replace(indices=wild).run()[2:])
+
+
+@pytest.mark.parametrize("config", [PAPER, PAPER._replace(dtype=torch.float16), SMALL_GROUP], ids=str)
+def test_what_no_query_sees_may_be_anything(config):
+    """Keys and values past the last query, which lie within blocks that are read."""
+    tokens, beyond = 1003, 70
+    p = long(tokens, config, "alike")
+    q, *kv = (x.detach() for x in p.inputs)
+    zeros, garbage = (
+        [torch.cat([x, torch.full_like(x[:, :, :beyond], fill)], 2).requires_grad_() for x in kv]
+        for fill in (0.0, torch.nan)
+    )
+    want, found = (p._replace(inputs=[q.requires_grad_(), *x]).run() for x in (zeros, garbage))
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 61, 66, 1003])
+def test_kernels_of_one_shape_agree(tokens, monkeypatch):
+    """The kernel for Hopper alone, and those for any chip and for strides that the copy engine does not take."""
+    p = long(tokens, PAPER, "alike" if tokens > 100 else "everyone")
+    found = p.run()
+    monkeypatch.setattr(selected_forward, "hopper_plan", lambda *shape: None)
+    for got, want in zip(found, p.run(), strict=True):
+        assert_close(got, want.double(), PAPER.dtype, tokens)
+    monkeypatch.undo()
+    wide = [torch.cat([x.detach(), x.detach()], -1)[..., 1::2] for x in p.inputs]
+    odd = [x.copy_(y.detach()).requires_grad_() for x, y in zip(wide, p.inputs, strict=True)]
+    for got, want in zip(p._replace(inputs=odd).run(), found, strict=True):
+        assert_close(got, want.double(), PAPER.dtype, tokens)
 
 
 def test_compiles_for_any_length_without_a_break():

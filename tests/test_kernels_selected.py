@@ -1,14 +1,19 @@
 """The Triton selected-attention path against dense attention with an explicit mask."""
 
+import ast
+
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from triton.compiler import CompilationError
 
 from flexnsa.kernels import selected, selected_backward, selected_forward, spans
 from flexnsa.kernels.blocks import Blocks
+from flexnsa.kernels.configs import hopper_plan
 from flexnsa.kernels.selected import selected_attention
 from flexnsa.kernels.sharing import share_selection
 
@@ -141,6 +146,38 @@ def test_chips_without_a_copy_engine(group, monkeypatch):
     monkeypatch.setattr(selected_forward, "generation", lambda device: 8)
     inputs, indices, position, start = make(1, 1, group, 20, 16, 16, 50, True, 3, 8)
     check(inputs, indices, position, start, select_block=16, scale=0.3)
+
+
+def test_the_kernel_for_hopper_is_for_one_shape():
+    shape = (2, 128, 128, 64, 16)
+    assert hopper_plan(*shape) is not None
+    for place in range(len(shape)):
+        assert hopper_plan(*(2 * x if place == i else x for i, x in enumerate(shape))) is None
+
+
+def test_a_triton_that_does_not_compile_the_kernel_for_hopper(monkeypatch):
+    """The other kernels run instead, and it is not tried again."""
+
+    class Unknown:
+        QUERIES = tl.constexpr(4)
+        copies = staticmethod(lambda k, v: [None] * 4)
+
+        @property
+        def fetched_attention(self):
+            raise CompilationError("", ast.parse("0").body[0], "no such name")
+
+    monkeypatch.setattr(selected_forward, "selected_hopper", Unknown())
+    monkeypatch.setattr(selected_forward, "_refused", [])
+    monkeypatch.setattr(selected_forward, "_has_hopper_kernel", lambda device: not selected_forward._refused)
+    inputs, *where = make(1, 1, 16, 128, 128, 64, 6, False, 1, 3, torch.float16)
+    options = {"select_block": 64, "scale": 0.1}
+    with pytest.warns(UserWarning, match="did not compile"):
+        out, lse = selected_attention(*inputs, *where, **options)
+    again, _ = selected_attention(*inputs, *where, **options)
+    want, want_lse = dense(*(x.detach().double() for x in inputs), *where, **options)
+    torch.testing.assert_close(out.double(), want, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-3, atol=1e-3)
+    assert torch.equal(out, again)
 
 
 def test_strides_that_the_copy_engine_does_not_take():

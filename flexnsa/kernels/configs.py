@@ -110,6 +110,27 @@ def _fit_forward(tiles: list[Tile], dim: int, value_dim: int, itemsize: int, lim
     raise NotImplementedError(_too_large(dim, value_dim, itemsize))
 
 
+class HopperPlan(NamedTuple):
+    """How the forward is divided on Hopper, where one program visits what a tile shares and what is left.
+
+    Attributes:
+        least: how many of a tile's queries must choose a block for all of it to visit the block as one.
+        slots: blocks of keys, and of values, that a program's shared memory holds.
+        registers: of a thread, where all have as many; those that compute take over what the others do not need.
+    """
+
+    least: int
+    slots: int
+    registers: int
+
+
+def hopper_plan(itemsize: int, dim: int, value_dim: int, select_block: int, group: int) -> HopperPlan | None:
+    """The plan for NSA's own shape, two programs to a multiprocessor; None for others."""
+    if itemsize == 2 and dim == value_dim == 128 and select_block == 64 and group == 16:
+        return HopperPlan(least=2, slots=3, registers=128)
+    return None
+
+
 class BackwardPlan(NamedTuple):
     """How the backward is divided.
 

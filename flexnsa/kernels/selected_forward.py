@@ -1,20 +1,28 @@
 """Selected attention, forward: the blocks that neighbours have in common by tiles, the rest by query or by block."""
 
+import warnings
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompilationError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexnsa.kernels.blocks import Blocks, locate_blocks
-from flexnsa.kernels.configs import Tile, forward_plan, generation, padded, shared_memory
+from flexnsa.kernels.configs import HopperPlan, Tile, forward_plan, generation, hopper_plan, padded, shared_memory
 from flexnsa.kernels.inversion import invert_selection
 from flexnsa.kernels.launch import ceil_div, next_power
 from flexnsa.kernels.selected_pairs import merge_pairs, pair_attention
 from flexnsa.kernels.selected_tiles import query_attention, tile_attention
 from flexnsa.kernels.sharing import Sharing, share_selection
 from flexnsa.kernels.spans import PARTIAL_BYTES, spans
+
+selected_hopper: Any
+try:
+    from flexnsa.kernels import selected_hopper
+except (ImportError, AttributeError):  # a Triton without Gluon, or with another
+    selected_hopper = None
 
 _ROWS_PER_ITEM = 1024
 _MERGE_ROWS = 16
@@ -29,6 +37,16 @@ def attend(
     q, k and v have any strides. ``scale`` is not negative: the kernels look for the highest product.
     """
     (batch, hq, tq, d), (_, hk, _, dv) = q.shape, v.shape
+    hopper = hopper_plan(q.element_size(), d, dv, select_block, hq // hk) if low is None else None
+    if (
+        hopper
+        and _has_hopper_kernel(q.device)
+        and q.stride(-1) == 1
+        and _copyable(k)
+        and _copyable(v)
+        and _attend_fetched(q, k, v, indices, position, start, out, lse, select_block, scale, hopper)
+    ):
+        return
     plan = forward_plan(q.element_size(), d, dv, select_block, hq // hk, shared_memory(q.device))
     blocks = locate_blocks(indices, position, start, k.shape[2], select_block, ranks=not plan.by_query, low=low)
     sharing = share_selection(
@@ -64,6 +82,39 @@ def attend(
         )  # fmt: skip
     else:
         _attend_pairs(q, k, v, blocks, sharing, scale, shape, plan.rest, out, lse)
+
+
+_refused: list[CompilationError] = []
+"""Why Triton did not compile the kernel in Gluon, if it did not."""
+
+
+def _has_hopper_kernel(device: torch.device) -> bool:
+    """Whether the kernel in Gluon runs: its products are Hopper's alone."""
+    return device.type == "cuda" and generation(device) == 9 and selected_hopper is not None and not _refused
+
+
+def _attend_fetched(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, position: Tensor, start: Tensor, out: Tensor, lse: Tensor,
+    select_block: int, scale: float, plan: HopperPlan,
+) -> bool:  # fmt: skip
+    """All of it by one kernel; False where this version of Triton does not compile that."""
+    (batch, _, tq, _), hk, queries = q.shape, k.shape[1], selected_hopper.QUERIES.value
+    blocks = locate_blocks(indices, position, start, k.shape[2], select_block, ranks=False)
+    sharing = share_selection(
+        blocks.base, queries, plan.least, 1.0, otherwise=plan.least, rest=True, blocks=blocks, select_block=select_block
+    )
+    try:
+        selected_hopper.fetched_attention[(ceil_div(tq, queries), batch * hk)](
+            q, blocks.seen, sharing.base, sharing.members, sharing.common, sharing.whole, sharing.rest,
+            sharing.rest_count, out, lse, *selected_hopper.copies(k, v), *q.stride()[:3], hk, tq,
+            sharing.base.shape[-1], scale,
+            N=blocks.base.shape[-1], SLOTS=plan.slots, num_warps=4, maxnreg=plan.registers,
+        )  # fmt: skip
+    except CompilationError as error:
+        # Gluon is young, and what it calls things changes. The other kernels do the same.
+        _refused.append(error)
+        warnings.warn("triton did not compile flexnsa's kernel for Hopper: slower ones run", stacklevel=2)
+    return not _refused
 
 
 def _copyable(x: Tensor) -> bool:
