@@ -184,10 +184,11 @@ class SparseAttention(nn.Module):
         return Deferred(attend)
 
     def _output(self, context: AttentionContext) -> AttentionOutput:
-        k, v = context.kv[context.branch]
-        output = self._frames[context.branch](self.branches[context.branch], context.q, k, v, context)
+        name, (k, v) = context.branch, context.kv[context.branch]
+        branch: Any = self._other_branches[name] if name in self._other_branches else self.branch_modules[name]
+        output = self._frames[name](branch, context.q, k, v, context)
         _check_obedience(context)
-        return _checked(output, context.branch, context.q, v.shape[-1])
+        return _checked(output, name, context.q, v.shape[-1])
 
     def _gates(self, q: Tensor, x: Tensor) -> Tensor:
         gates = self.gate(x).to(q.dtype)

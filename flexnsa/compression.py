@@ -18,6 +18,9 @@ Compressor = Callable[..., tuple[Tensor, Tensor]]
 """Anything called as ``compressor(k, v, starts=...)`` that returns compressed keys and values."""
 
 
+Mark = Callable[[Tensor], Tensor]
+
+
 def compress(
     compressor: Compressor | None,
     k: Float[Tensor, "b hk tk d"],
@@ -105,18 +108,23 @@ class BlockCompressor(nn.Module):
         """
         check_tensor("k", k, "b hk tk d")
         check_tensor("v", v, "b hk tk dv")
-        k_blocks, k_finite = self._gather(k, starts)
-        v_blocks, v_finite = self._gather(v, starts)
+        k_blocks, k_mark = self._gather(k, starts)
+        v_blocks, v_mark = self._gather(v, starts)
         k_cmp, v_cmp = self.pool(k_blocks, v_blocks)
-        return _restore(k_cmp.to(k.dtype), k_finite, starts), _restore(v_cmp.to(v.dtype), v_finite, starts)
+        return _restore(k_mark(k_cmp.to(k.dtype)), starts), _restore(v_mark(v_cmp.to(v.dtype)), starts)
 
-    def _gather(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Blocks ``[b, hk, c, l, d]``, rows that are not finite set to 0, and which blocks had none; None if all."""
+    def _gather(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Mark]:
+        """Blocks ``[b, hk, c, l, d]``, and what makes NaN of those pooled ones that hold a row that is not finite."""
         if known_finite(x):
-            return self._blocks(x, starts), None
+            return self._blocks(x, starts), _unmarked
+        if not torch.is_grad_enabled():
+            # No gradient to keep anything from, and a sum is cheaper than a choice: 0 times what is not finite is NaN.
+            blocks = self._blocks(x, starts)
+            largest = torch.linalg.vector_norm(blocks, torch.inf, (-2, -1))[..., None]
+            return blocks, lambda pooled: pooled.add(largest, alpha=0)
         finite = x.isfinite().all(-1, keepdim=True)
-        x = x.where(finite, 0)
-        return self._blocks(x, starts), self._blocks(finite, starts).all(-2)
+        whole = self._blocks(finite, starts).all(-2)
+        return self._blocks(x.where(finite, 0), starts), lambda pooled: pooled.where(whole, torch.nan)
 
     def _blocks(self, x: Tensor, starts: Tensor | None) -> Tensor:
         length, stride = self.config.compress_block, self.config.compress_stride
@@ -131,8 +139,11 @@ class BlockCompressor(nn.Module):
         return gathered.unflatten(2, (starts.shape[1], length))
 
 
-def _restore(pooled: Tensor, finite: Tensor | None, starts: Tensor | None) -> Tensor:
-    pooled = pooled if finite is None else pooled.where(finite, torch.nan)
+def _unmarked(pooled: Tensor) -> Tensor:
+    return pooled
+
+
+def _restore(pooled: Tensor, starts: Tensor | None) -> Tensor:
     return pooled if starts is None else pooled.where(starts[:, None, :, None] >= 0, 0)
 
 
@@ -151,7 +162,7 @@ class MeanPool(BlockCompressor):
         """The mean over the block's tokens."""
         return k_blocks.mean(-2), v_blocks.mean(-2)
 
-    def _gather(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _gather(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Mark]:
         """Blocks as they are: their mean is NaN or infinite where they are, and sends nothing back to parameters.
 
         Blocks that overlap by whole strides are made of the strides' means: each token is then read once.
@@ -159,9 +170,9 @@ class MeanPool(BlockCompressor):
         length, stride = self.config.compress_block, self.config.compress_stride
         count, strides = self.config.num_compressed(x.shape[2]), length // stride
         if starts is not None or length % stride or count == 0 or type(self).pool is not MeanPool.pool:
-            return self._blocks(x, starts), None
+            return self._blocks(x, starts), _unmarked
         parts = x[:, :, : (count + strides - 1) * stride].unflatten(2, (-1, stride))
-        return parts.mean(3, dtype=accumulator(x)).unfold(2, strides, 1).movedim(-1, 3), None
+        return parts.mean(3, dtype=accumulator(x)).unfold(2, strides, 1).movedim(-1, 3), _unmarked
 
 
 class _PerHead(BlockCompressor):

@@ -26,8 +26,8 @@ from flexnsa.config import NSAConfig
 from flexnsa.engines import Impl
 from flexnsa.gating import SigmoidGate, check_recompute
 from flexnsa.layout import check_documents, compressed_starts, document_starts, resolve_positions
-from flexnsa.rotary import Turns, turned, turns
-from flexnsa.types import KV, BranchKV, accumulator
+from flexnsa.rotary import Rotate, rotation, steps, tabulated
+from flexnsa.types import KV, BranchKV
 from flexnsa_masks import MaskMod
 
 BRANCHES = BranchKV._fields
@@ -239,26 +239,26 @@ class NativeSparseAttention(nn.Module):
         raw, selected, window = _by_branch(projected)
         position, block_end = self._positions(raw[0], documents)
         if rows is not None:
-            resolve_positions(rows, x[:, None], position.shape[1])  # only now is the number of tokens known
-        by = self._turns(x, position)
-        q = self._query(x, by if rows is None else self._turns(x, _at(position, rows)))
-        compressed = compress(self.compressor, *self._before(raw, by), self.config, documents=documents)
+            resolve_positions(rows, x[:, None], raw[0].shape[2])  # only now is the number of tokens known
+        rotate = self._rotation(x, position)
+        q = self._query(x, rotate if rows is None else self._rotation(x, _at(tabulated(position, x.device), rows)))
+        compressed = compress(self.compressor, *self._before(raw, rotate), self.config, documents=documents)
         return q, BranchKV(
             self._after(compressed, block_end),
-            self._key("selected", selected, by),
-            self._key("window", window, by),
+            self._key("selected", selected, rotate),
+            self._key("window", window, rotate),
         )
 
     def _forward_cached(self, x: Tensor, cache: NSACache, documents: Tensor | None) -> Tensor:
         check_cache(cache, x, self.config, (self.num_kv_heads, self.head_dim, self.value_dim))
         append = Append(cache, x.shape[1], documents)
         x = append.pack(x)
-        by = self._turns(x, append.position)
-        q = self._query(x, by)
+        rotate = self._rotation(x, append.places)
+        q = self._query(x, rotate)
         raw, *others = _by_branch({name: self._key_value(name, x) for name in self.k_proj})
-        raw = self._before(raw, by)
+        raw = self._before(raw, rotate)
         check_cache_dtype(cache, q)
-        selected, window = (self._key(name, kv, by) for name, kv in zip(BRANCHES[1:], others, strict=True))
+        selected, window = (self._key(name, kv, rotate) for name, kv in zip(BRANCHES[1:], others, strict=True))
         blocks = append.blocks(raw)
         compressed = None if blocks is None else self._compressed(blocks)
         if takes_kernels(self.attention, q, cache):
@@ -279,41 +279,40 @@ class NativeSparseAttention(nn.Module):
     def _output(self, out: Tensor) -> Tensor:
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _query(self, x: Tensor, by: Turns | None) -> Tensor:
-        return self._place(self.q_norm(_heads(self.q_proj(x), self.head_dim)), by)
+    def _query(self, x: Tensor, rotate: Rotate) -> Tensor:
+        return rotate(self.q_norm(_heads(self.q_proj(x), self.head_dim)))
 
-    def _key(self, name: str, kv: KV, by: Turns | None) -> KV:
-        return self._place(self.k_norm[name](kv[0]), by), kv[1]
+    def _key(self, name: str, kv: KV, rotate: Rotate) -> KV:
+        return rotate(self.k_norm[name](kv[0])), kv[1]
 
-    def _before(self, raw: KV, by: Turns | None) -> KV:
+    def _before(self, raw: KV, rotate: Rotate) -> KV:
         """What the compressor takes."""
-        return self._key("compressed", raw, by) if self.compress_rotated else raw
+        return self._key("compressed", raw, rotate) if self.compress_rotated else raw
 
-    def _after(self, compressed: KV, block_end: Tensor) -> KV:
+    def _after(self, compressed: KV, block_end: Tensor | range) -> KV:
         """What the queries meet."""
         if self.compress_rotated:
             return compressed
-        return self._key("compressed", compressed, self._turns(compressed[0], block_end))
+        return self._key("compressed", compressed, self._rotation(compressed[0], block_end))
 
     def _key_value(self, name: str, x: Tensor) -> KV:
         return _heads(self.k_proj[name](x), self.head_dim), _heads(self.v_proj[name](x), self.value_dim)
 
-    def _turns(self, x: Tensor, position: Tensor) -> Turns | None:
-        """The rotary embedding of these positions, for numbers as exact as ``x``."""
-        return None if self.rope_theta is None else turns(position, self.head_dim, self.rope_theta, accumulator(x))
+    def _rotation(self, like: Tensor, positions: Tensor | range) -> Rotate:
+        """The rotary embedding of tokens at these positions, for queries and keys as exact as ``like``."""
+        if self.rope_theta is None:
+            return lambda x: x
+        return rotation(positions, self.head_dim, self.rope_theta, like)
 
-    def _place(self, x: Tensor, by: Turns | None) -> Tensor:
-        return x if by is None else turned(x, by)
-
-    def _positions(self, k: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _positions(self, k: Tensor, documents: Tensor | None) -> tuple[Tensor | range, Tensor | range]:
         """Position in its document of each token, and of the last token of each compressed token's block."""
-        token = torch.arange(k.shape[2], device=k.device)[None]
         last = self.config.compress_block - 1
         starts = compressed_starts(documents, self.config)
         if documents is None or starts is None:
-            count = self.config.num_compressed(k.shape[2])
-            return token, torch.arange(count, device=k.device)[None] * self.config.compress_stride + last
+            count, stride = self.config.num_compressed(k.shape[2]), self.config.compress_stride
+            return steps(k.shape[2], 0, 1, k.device), steps(count, last, stride, k.device)
         begins = document_starts(documents)
+        token = torch.arange(k.shape[2], device=k.device)[None]
         return token - begins, starts - begins.gather(1, starts.clamp(min=0)) + last
 
 

@@ -317,15 +317,20 @@ def _counted(q: Tensor, first: int) -> tuple[Tensor, Tensor]:
     keep = first + queries <= _LONGEST_KEPT and first % 2 == 0
     if q.device.type != "cuda" or not eager or not keep or torch.cuda.is_current_stream_capturing():
         return _count(first, queries, q.device)
-    # Another stream would have to wait for them. A power of two serves all chunks of a prompt, and lengths like it.
-    most = 1 << (first + queries - 1).bit_length()
-    position, zero = _count_once(most, q.device, torch.cuda.current_stream(q.device).cuda_stream)
-    return position[:, first : first + queries], zero[:, :queries]
+    # Another stream would have to wait for them. Its number, since to make a Stream takes longer than all else here.
+    return _slice_once(first, queries, q.device, torch._C._cuda_getCurrentRawStream(q.device.index))
 
 
 def _count(first: int, queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
     position = torch.arange(first, first + queries, device=device)[None]
     return position, torch.zeros(1, queries, dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _slice_once(first: int, queries: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    # A power of two serves all chunks of a prompt, and lengths like it.
+    position, zero = _count_once(1 << (first + queries - 1).bit_length(), device, stream)
+    return position[:, first : first + queries], zero[:, :queries]
 
 
 @functools.lru_cache(maxsize=8)

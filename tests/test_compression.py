@@ -9,7 +9,7 @@ from torch import Tensor
 
 import oracle
 from conftest import Case, assert_close, cases, gradients
-from flexnsa import BlockCompressor, MeanPool, MLPCompressor, NSAConfig
+from flexnsa import BlockCompressor, MeanPool, MLPCompressor, NSAConfig, compression
 from flexnsa.compression import GatedPool, LinearCompressor
 
 Make = Callable[[Case], BlockCompressor]
@@ -117,6 +117,29 @@ def test_padding_may_hold_nan(make: Make):
         results.append([*found, *gradients(found, [k, v, *compressor.parameters()])])
     assert all(torch.equal(clean, poisoned) for clean, poisoned in zip(*results, strict=True))
     assert all(y.isfinite().all() for y in results[1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", [MLPCompressor, GatedPool, LinearCompressor])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_block_with_what_is_not_finite_is_nan_where_values_are_not_read(monkeypatch, bad, kind, packed):
+    """As on a GPU; without gradients as with them."""
+    monkeypatch.setattr(compression, "known_finite", lambda x: False)
+    documents = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 3]) if packed else None
+    case = Case(SMALL, kv_heads=2, tokens=20, documents=documents)
+    compressor, x = learned(kind)(case), case.inputs()
+    k, v = x.k_slc.clone(), x.v_slc.clone()
+    k[0, 0, 5, 1] = v[0, 1, 12, 0] = bad
+    found = compressor(k, v, starts=starts(case))
+    with torch.no_grad():
+        torch.testing.assert_close(compressor(k, v, starts=starts(case)), found, equal_nan=True)
+    clean = compressor(x.k_slc, x.v_slc, starts=starts(case))
+    for pooled, expected, (head, token) in zip(found, clean, ((0, 5), (1, 12)), strict=True):
+        hit = torch.zeros(pooled.shape[:3], dtype=torch.bool)
+        for block, tokens in enumerate(case.where.compressed_tokens(0)):
+            hit[0, head, block] = token in tokens
+        assert hit.any() and pooled[hit].isnan().all()
+        torch.testing.assert_close(pooled[~hit], expected[~hit])
 
 
 def test_mlp_knows_the_place_in_the_block_and_the_mean_does_not():

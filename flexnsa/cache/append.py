@@ -36,12 +36,12 @@ class Blocks(NamedTuple):
         """Which blocks there are; None where all."""
         return None if self.starts is None else self.starts >= 0
 
-    def ends(self, config: NSAConfig) -> Int64[Tensor, "b c"]:
-        """Position of the last token of each block, int64 ``[b|1, c]``."""
-        number = self.number
+    def ends(self, config: NSAConfig) -> Places:
+        """Position of the last token of each block."""
+        number, stride, last = self.number, config.compress_stride, config.compress_block - 1
         if isinstance(number, range):
-            number = torch.arange(number.start, number.stop, device=self.k.device)[None]
-        return number * config.compress_stride + config.compress_block - 1
+            return range(number.start * stride + last, number.stop * stride + last, stride)
+        return number * stride + last
 
 
 class Append:
@@ -77,8 +77,11 @@ class Append:
         self.span = range(self.held, self.held + tokens) if alike else None
         if self.span is None:
             self.position = cache.lengths[:, None] + torch.arange(tokens, device=cache.device)
-        else:
-            self.position = torch.arange(self.held, self.held + tokens, device=cache.device)[None]
+
+    @property
+    def places(self) -> Places:
+        """Positions of the tokens."""
+        return self.position if self.span is None else self.span
 
     @property
     def num_tokens(self) -> int:
@@ -131,7 +134,7 @@ class Append:
             all_compressed = cache.compressed.first(count)
         else:
             all_compressed = cache.compressed.extended(blocks.number, compressed, blocks.complete, count)
-        all_selected = cache.selected.extended(self._places, selected, self.real, self.num_tokens)
+        all_selected = cache.selected.extended(self.places, selected, self.real, self.num_tokens)
         if self.span is None:
             k, v, _ = cache.window.followed_by(window, cache.lengths, self._window_reach())
         else:
@@ -142,7 +145,7 @@ class Append:
         """``extend`` for those that read the cache themselves: the window's keys and values come with ``commit``."""
         if blocks is not None and compressed is not None:
             self.cache.compressed.put(blocks.number, compressed, blocks.complete)
-        self.cache.selected.put(self._places, selected, self.real)
+        self.cache.selected.put(self.places, selected, self.real)
 
     def positions(self) -> dict[str, Positions] | None:
         """Where the tokens stand among the keys of each branch, by its name; None where they are those very tokens."""
@@ -167,10 +170,6 @@ class Append:
                 length = cache.lengths + self.count
                 ring.put(self.position, (k, v), self.real & (self.position >= length[:, None] - ring.slots))
         cache.fill.grow(self.count, self.tokens, self.growth)
-
-    @property
-    def _places(self) -> Places:
-        return self.position if self.span is None else self.span
 
     def _most_completed(self) -> int:
         """Compressed tokens that any row completes: exactly where the host knows the lengths, else at most."""

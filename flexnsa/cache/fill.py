@@ -80,7 +80,7 @@ class Fill:
         """Add ``count`` tokens, at most ``tokens``, to each row."""
         most = min(self.max_tokens, self.held(growth) + tokens)
         self.lengths.add_(count)
-        self.state[1].copy_(self.state.amax(0))
+        self.state[1].clamp_(min=self.lengths)
         self._reckon(None if growth is None else growth.after, most)
 
     def shrunk(self, tokens: int | Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:

@@ -63,7 +63,7 @@ class Store:
         if isinstance(position, range):
             first, *others = self._slices(position)
             for store, new in zip((self.k, self.v), kv, strict=True):
-                new = new.detach()
+                new = new.detach() if new.requires_grad else new
                 store[:, :, first.start : first.stop].copy_(new[:, :, : len(first)])
                 for part in others:
                     store[:, :, part.start : part.stop].copy_(new[:, :, -len(part) :])

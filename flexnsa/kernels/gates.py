@@ -100,7 +100,7 @@ def mix(gates: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor
         first, rest = (mix(gates[..., part], outs[part], lses[part]) for part in parts)
         return first + rest
     b, h, t, d = outs[0].shape
-    mixed = torch.empty_like(outs[0])
+    mixed = outs[0].new_empty(b, t, h, d).transpose(1, 2)  # so that a projection finds a token's heads side by side
     spare = MOST - len(outs)
     outs, lses = [*outs, *[outs[0]] * spare], [*lses, *[lses[0]] * spare]
     strides = [stride for out in outs for stride in out.stride()[:3]] + [s for lse in lses for s in lse.stride()]

@@ -8,6 +8,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _KEPT = 1024
@@ -22,6 +23,20 @@ def ceil_div(x: int, y: int) -> int:
 def next_power(x: int) -> int:
     """The least power of two from ``x >= 1`` on."""
     return 1 << (x - 1).bit_length()
+
+
+def is_watched(*tensors: Tensor) -> bool:
+    """Whether a call has to go through the dispatcher, which takes the host as long as launching a kernel.
+
+    Gradients need it, and whoever looks on: modes (those that count FLOPs, say), traces, transforms, subclasses.
+    """
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(x) is not Tensor for x in tensors)
+    )
 
 
 class Kernel:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flexnsa.kernels.blocks import locate_blocks
+from flexnsa.kernels.launch import is_watched
 from flexnsa.kernels.selected_backward import differentiate
 from flexnsa.kernels.selected_dq import Gradients
 from flexnsa.kernels.selected_forward import attend
@@ -60,7 +61,8 @@ def selected_attention(
     if torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check(q, k, v, indices, position, start, low, select_block)
-    out, lse = _selected_attention(q, k, v, indices, position, start, select_block, scale, low)
+    run = _selected_attention if is_watched(q, k, v) else _attend
+    out, lse = run(q, k, v, indices, position, start, select_block, scale, low)
     return out, lse
 
 
@@ -105,8 +107,7 @@ def _computable(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
 
 
-@torch.library.custom_op("flexnsa::selected_attention", mutates_args=())
-def _selected_attention(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -129,6 +130,9 @@ def _selected_attention(
             where = of.rows(position), of.rows(start), None if low is None else of.rows(low)
             attend(of(wide), of(wide_k), of(wide_v), of(indices), *where, of(out), of(lse), select_block, scale)
     return out.to(q.dtype), lse
+
+
+_selected_attention = torch.library.custom_op("flexnsa::selected_attention", _attend, mutates_args=())
 
 
 class _Lanes(NamedTuple):

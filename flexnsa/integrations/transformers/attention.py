@@ -12,7 +12,7 @@ from flexnsa.compression import BlockCompressor, MeanPool
 from flexnsa.integrations.transformers.cache import FlexNSACache
 from flexnsa.integrations.transformers.configuration import COMPRESSORS, FlexNSAConfig
 from flexnsa.layer import NativeSparseAttention
-from flexnsa.rotary import Turns
+from flexnsa.rotary import Rotate, tabulated
 
 
 class FlexNSAAttention(NativeSparseAttention):
@@ -59,14 +59,14 @@ class FlexNSAAttention(NativeSparseAttention):
         past.count(self.layer_idx, x.shape[1])
         return out
 
-    def _turns(self, x: Tensor, position: Tensor) -> Turns:
-        cos, sin = self.rotary(x, position)
-        return cos[:, None], sin[:, None]
+    def _rotation(self, like: Tensor, positions: Int64[Tensor, "b t"] | range) -> Rotate:
+        by = self.rotary(like, tabulated(positions, like.device))
 
-    def _place(self, x: Tensor, by: Turns | None) -> Tensor:
-        assert by is not None
-        cos, sin = (part.to(x.dtype) for part in by)
-        return x * cos + rotate_half(x) * sin
+        def rotate(x: Tensor) -> Tensor:
+            cos, sin = (part[:, None].to(x.dtype) for part in by)
+            return x * cos + rotate_half(x) * sin
+
+        return rotate
 
 
 def _compressor(config: FlexNSAConfig) -> BlockCompressor:
