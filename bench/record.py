@@ -19,6 +19,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "flash-attn-4": _version("flash-attn-4"),
         "flexnsa": _version("flexnsa"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),

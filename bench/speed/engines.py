@@ -169,6 +169,7 @@ ENGINES: Mapping[str, Callable[[Case, torch.device], Call]] = {
     "flexnsa-flash": functools.partial(nsa, impl="flash", compiled=True),
     "flexnsa-flash-eager": functools.partial(nsa, impl="flash", compiled=False),
     "flexnsa-triton": functools.partial(nsa, impl="triton", compiled=True),
+    "flexnsa-triton-eager": functools.partial(nsa, impl="triton", compiled=False),
     "flexnsa-flex": functools.partial(nsa, impl="flex", compiled=True),
     "flexnsa-reference": functools.partial(nsa, impl="reference", compiled=False),
     "cudnn": functools.partial(dense, backend=SDPBackend.CUDNN_ATTENTION),
@@ -179,7 +180,7 @@ ENGINES: Mapping[str, Callable[[Case, torch.device], Call]] = {
 }
 
 ON_CUDA = (
-    *("flexnsa-eager", "cudnn", STAGES, "flexnsa-recompute-window", "flexnsa-recompute-both"),
+    *("flexnsa-eager", "cudnn", "flexnsa-triton-eager", STAGES, "flexnsa-recompute-window", "flexnsa-recompute-both"),
     *("fa2", "fla-nsa", "flexnsa", "flexnsa-graphs", "flex-dense"),
 )
 ON_CPU = ("flexnsa-eager", "sdpa", "cudnn", "fla-nsa", STAGES)
@@ -188,6 +189,7 @@ ON_CPU = ("flexnsa-eager", "sdpa", "cudnn", "fla-nsa", STAGES)
 LONGEST: Mapping[str, int] = {
     "cudnn": 131072,
     "fa2": 65536,
+    "flexnsa-triton-eager": 131072,
     "flexnsa-recompute-window": 65536,
     "flexnsa-recompute-both": 65536,
     "flex-dense": 16384,

@@ -20,6 +20,7 @@ COLOURS = {
     "flexnsa-flash": "#6a040f",
     "flexnsa-flash-eager": "#d00000",
     "flexnsa-triton": "#9d0208",
+    "flexnsa-triton-eager": "#f3722c",
     "flexnsa-flex": "#f4a261",
     "flexnsa-reference": "#bc8a5f",
     "cudnn": "#3a86ff",

@@ -70,7 +70,7 @@ def times_table(rows: Sequence[Row], case: str) -> str:
         shares = " / ".join(_number(row.get(f"{direction}_share_of_ceiling"), ".0%") for direction in DIRECTIONS)
         times = [_timing(row, direction) for direction in DIRECTIONS]
         memory = [_number(row.get(f"{name}_gib"), ".1f") for name in ("held", "peak")]
-        cells = [row["engine"], f"{row['tokens']:,}", *times, *ratios, *memory, shares]
+        cells = [row["engine"] + ("*" if "note" in row else ""), f"{row['tokens']:,}", *times, *ratios, *memory, shares]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -78,8 +78,11 @@ def times_table(rows: Sequence[Row], case: str) -> str:
 def _timing(row: Row, direction: str) -> str:
     if f"{direction}_ms" not in row:
         return ""
+    time = _short(row[f"{direction}_ms"])
+    if f"{direction}_range_ms" not in row:  # the difference of two times, or of too few runs
+        return time
     low, high = row[f"{direction}_range_ms"]
-    return f"{_short(row[f'{direction}_ms'])} ({_short(low)} to {_short(high)})"
+    return f"{time} ({_short(low)} to {_short(high)})"
 
 
 def _number(value: float | None, form: str) -> str:
