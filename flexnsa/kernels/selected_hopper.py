@@ -354,6 +354,7 @@ def fetched_attention(
     v_full = gl.allocate_shared_memory(gl.int64, (SLOTS, 1), bars)
     k_free = gl.allocate_shared_memory(gl.int64, (SLOTS, 1), bars)
     v_free = gl.allocate_shared_memory(gl.int64, (SLOTS, 1), bars)
+    # No barrier may be made and then not used: Triton would give its memory to others while it still is a barrier.
     for slot in gl.static_range(SLOTS):
         mbarrier.init(k_full.index(slot), count=QUERIES)
         mbarrier.init(v_full.index(slot), count=QUERIES)
