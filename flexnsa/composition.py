@@ -185,8 +185,7 @@ class SparseAttention(nn.Module):
 
     def _output(self, context: AttentionContext) -> AttentionOutput:
         name, (k, v) = context.branch, context.kv[context.branch]
-        branch: Any = self._other_branches[name] if name in self._other_branches else self.branch_modules[name]
-        output = self._frames[name](branch, context.q, k, v, context)
+        output = self._frames[name](self.branches[name], context.q, k, v, context)
         _check_obedience(context)
         return _checked(output, name, context.q, v.shape[-1])
 

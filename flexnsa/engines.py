@@ -65,6 +65,22 @@ Dynamo's own limit of 8 is soon reached by a process with several models, and en
 """
 
 
+def kernel_runs(*tensors: Tensor) -> bool:
+    """Whether an eager call on these may run a Triton kernel that no operator stands for: on plain tensors on CUDA.
+
+    Traced by torch.compile it may not: Inductor fuses such work with what is around it.
+    """
+    if torch.compiler.is_compiling() or not TRITON_INSTALLED:
+        return False
+    return all(
+        x.device.type == "cuda"
+        and type(x) is Tensor
+        and x.dtype != torch.float64
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        for x in tensors
+    )
+
+
 class Choice(NamedTuple):
     """The engine that a stage takes, and why.
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flexnsa.engines import TRITON_INSTALLED
+from flexnsa.engines import kernel_runs
 from flexnsa.types import AttentionOutput
 
 KERNEL_NUMBERS = 2**22
@@ -100,10 +100,7 @@ def _attend_gated(gate: Tensor, attend: Callable[[], AttentionOutput]) -> Tensor
 
 def _by_kernel(gate: Tensor, output: AttentionOutput) -> bool:
     out = output.out
-    if torch.compiler.is_compiling():  # Inductor fuses it with what is around
-        return False
-    known = TRITON_INSTALLED and out.device.type == "cuda" and type(out) is Tensor and type(gate) is Tensor
-    return known and out.numel() >= KERNEL_NUMBERS and gate.dtype == out.dtype != torch.float64
+    return kernel_runs(gate, out) and out.numel() >= KERNEL_NUMBERS and gate.dtype == out.dtype
 
 
 def _mixed(gates: Tensor, outputs: Sequence[AttentionOutput | Gated]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from flexnsa.engines import TRITON_INSTALLED
+from flexnsa.engines import kernel_runs
 from flexnsa.types import accumulator
 
 Turns = tuple[Float[Tensor, "#b 1 t half"], Float[Tensor, "#b 1 t half"]]
@@ -32,7 +32,7 @@ def rotation(positions: Int64[Tensor, "#b t"] | range, dim: int, theta: float, l
         theta: the base.
         like: of the device, and as exact, as what will be rotated.
     """
-    if _by_kernel(like):
+    if kernel_runs(like):
         frequency = _frequency_once(dim, theta, like.device)
         return lambda x: _turned_by_kernel(x, positions, frequency)
     by = turns(tabulated(positions, like.device), dim, theta, accumulator(like))
@@ -82,13 +82,6 @@ def _frequency_once(dim: int, theta: float, device: torch.device) -> Tensor:
 def _kept_frequency(dim: int, theta: float, device: torch.device, stream: int) -> Tensor:
     with torch.inference_mode(False):  # what a validation makes, training must be able to save for its backward
         return _frequency(dim, theta, device, torch.float32)
-
-
-def _by_kernel(like: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not TRITON_INSTALLED or like.device.type != "cuda":
-        return False  # Inductor fuses it with what is around
-    plain = type(like) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(like)
-    return plain and like.dtype != torch.float64
 
 
 def _turned_by_kernel(x: Tensor, positions: Tensor | range, frequency: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ CONFIG = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_sele
 @pytest.fixture
 def by_kernel(monkeypatch):
     """Every eager call rotates by the kernel, in Triton's interpreter."""
-    monkeypatch.setattr(rotary, "_by_kernel", lambda like: like.dtype != torch.float64)
+    monkeypatch.setattr(rotary, "kernel_runs", lambda like: like.dtype != torch.float64)
     monkeypatch.setattr(rotary, "_frequency_once", lambda *of: rotary._frequency(*of, torch.float32))
 
 
@@ -47,7 +47,7 @@ def test_the_kernel_turns_as_plain_torch_does(batch, heads, tokens, dim, step, t
     found = []
     for answer in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rotary, "_by_kernel", lambda like, answer=answer: answer)
+            patch.setattr(rotary, "kernel_runs", lambda like, answer=answer: answer)
             patch.setattr(rotary, "_frequency_once", lambda *of: rotary._frequency(*of, torch.float32))
             out = rotation(positions, dim, 1e4, x)(x)
             found.append((out, *torch.autograd.grad(out, x, grad)))
@@ -85,7 +85,7 @@ def test_a_layer_by_the_kernel_is_the_plain_one_cached_and_not(monkeypatch, comp
     positions = torch.arange(3, 26)
     found = []
     for answer in (False, True):
-        monkeypatch.setattr(rotary, "_by_kernel", lambda like, answer=answer: answer)
+        monkeypatch.setattr(rotary, "kernel_runs", lambda like, answer=answer: answer)
         monkeypatch.setattr(rotary, "_frequency_once", lambda *of: rotary._frequency(*of, torch.float32))
         outs = [layer(x), layer(x, documents=documents)]
         outs += [torch.autograd.grad(outs[0].square().sum(), layer.q_proj.weight)[0]]
@@ -98,8 +98,8 @@ def test_a_layer_by_the_kernel_is_the_plain_one_cached_and_not(monkeypatch, comp
 
 
 def test_a_cpu_and_float64_are_left_to_torch():
-    assert not rotary._by_kernel(torch.zeros(1))
-    assert not rotary._by_kernel(torch.zeros(1, dtype=torch.float64))
+    assert not rotary.kernel_runs(torch.zeros(1))
+    assert not rotary.kernel_runs(torch.zeros(1, dtype=torch.float64))
 
 
 @pytest.mark.gpu

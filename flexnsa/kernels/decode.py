@@ -1,6 +1,5 @@
 """A decoding step over pages as one opaque operator: three or four launches, grids fixed by shapes, no host waits."""
 
-import functools
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import triton
 from torch import Tensor
 
 from flexnsa.config import NSAConfig
-from flexnsa.kernels.configs import padded, shared_memory
+from flexnsa.kernels.configs import generation, padded, shared_memory
 from flexnsa.kernels.decode_chosen import attend_chosen
 from flexnsa.kernels.decode_selected import add_selected, attend_selected, select
 from flexnsa.kernels.decode_static import attend_static
@@ -253,7 +252,8 @@ def run_step(
         "CHUNK": min(padded(group), max(1, READ // size)) if plan.alone else padded(group),
         # Compressed keys wait for their page's number, which is therefore looked up as much earlier.
         "LATER_STAGES": 2 * plan.stages - 1, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "EARLY": lanes < MANY_LANES and _starts_early(q.device),
+        # Programs of a launch can start before the launch before it has ended.
+        "EARLY": lanes < MANY_LANES and q.device.type == "cuda" and generation(q.device) >= 9,
     }  # fmt: skip
     edges = ("ends", "befores", "afters", "tile_peaks", "next_peaks")
     arguments |= {name: scratch(group, tiles_pitch) for name in edges}
@@ -307,12 +307,6 @@ def _windowed(name: str) -> str:
 
 def _strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
     return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(axes.split())}
-
-
-@functools.cache
-def _starts_early(device: torch.device) -> bool:
-    """Whether programs of a launch can start before the launch before it has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _power(x: int) -> int:
