@@ -190,8 +190,8 @@ def test_strides_that_the_copy_engine_does_not_take():
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(1, 7), st.integers(1, 4), st.integers(0, 2**20), st.booleans())
-def test_tiles_take_what_is_worth_sharing(queries, n, seed, masked):
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**20), st.booleans(), st.booleans())
+def test_tiles_take_what_is_worth_sharing(queries, n, seed, masked, even):
     rng = torch.Generator().manual_seed(seed)
     tq, least, otherwise, worth = 11, 1, 2, 0.7
     seen = torch.randint(-1, 60, (1, tq), generator=rng).int()
@@ -199,24 +199,28 @@ def test_tiles_take_what_is_worth_sharing(queries, n, seed, masked):
     base = torch.stack([torch.randperm(5, generator=rng)[:n].sort().values * 16 for _ in range(tq)])[None].int()
     base = base.masked_fill(base > seen[..., None], -1)
     found = share_selection(
-        base, queries, least, worth, otherwise=otherwise, rest=True,
+        base, queries, least, worth, otherwise=otherwise, even=even, rest=True,
         blocks=Blocks(base, seen, low, seen, None), select_block=16,
     )  # fmt: skip
     for tile, first in enumerate(range(0, tq, queries)):
         mine = [set(x.tolist()) - {-1} for x in base[0, first : first + queries]]
         choosers = {x: [r for r, own in enumerate(mine) if x in own] for x in sorted(set().union(*mine))}
         worthy = len(choosers) <= worth * sum(map(len, mine))
-        shared = {x for x, by in choosers.items() if len(by) >= (least if worthy else otherwise)}
+        sight = [(int(low[0, t]) if masked else 0, int(seen[0, t])) for t in range(first, first + len(mine))]
+        alone = [sorted(x for x in own if len(choosers[x]) < (least if worthy else otherwise)) for own in mine]
+        if even:
+            alone = [[x for x in own if a <= x and x + 15 <= b] for own, (a, b) in zip(alone, sight, strict=True)]
+            fewest = min(map(len, alone)) if len(mine) == queries else 0
+            alone = [own[:fewest] for own in alone]
+        shared = set(choosers).difference(*alone)
         listed = found.base[0, tile, : found.common[0, tile]].tolist()
         assert sorted(listed) == sorted(shared)
         bits = found.members[0, tile, : len(listed)].tolist()
         assert bits == [sum(1 << r for r in choosers[x]) for x in listed]
-        sight = [(int(low[0, t]) if masked else 0, int(seen[0, t])) for t in range(first, first + len(mine))]
         whole = {x for x in shared if all(a <= x and x + 15 <= b for a, b in sight if b >= 0)}
         assert set(listed[: found.whole[0, tile]]) == whole
-        for r, own in enumerate(mine):
-            left = found.rest[0, first + r, : found.rest_count[0, first + r]].tolist()
-            assert left == sorted(own - shared)
+        for r, own in enumerate(alone):
+            assert found.rest[0, first + r, : found.rest_count[0, first + r]].tolist() == own
 
 
 @pytest.mark.parametrize("group", [2, 8])

@@ -101,8 +101,9 @@ def _attend_fetched(
     (batch, _, tq, _), hk, queries = q.shape, k.shape[1], selected_hopper.QUERIES.value
     blocks = locate_blocks(indices, position, start, k.shape[2], select_block, ranks=False)
     sharing = share_selection(
-        blocks.base, queries, plan.least, 1.0, otherwise=plan.least, rest=True, blocks=blocks, select_block=select_block
-    )
+        blocks.base, queries, plan.least, 1.0, otherwise=plan.least, even=True, rest=True,
+        blocks=blocks, select_block=select_block,
+    )  # fmt: skip
     try:
         selected_hopper.fetched_attention[(ceil_div(tq, queries), batch * hk)](
             q, blocks.seen, sharing.base, sharing.members, sharing.common, sharing.whole, sharing.rest,

@@ -26,7 +26,8 @@ class Sharing(NamedTuple):
     Attributes:
         base: int32 ``[lanes, tiles, most]``, first token of each common block, in the order of their first choosers;
             those that all of the tile see whole come first, if they are asked for.
-        members: int32 ``[lanes, tiles, most]``, bit r set where the tile's query r chose it.
+        members: int8, or int32 for tiles of 8 queries or more, ``[lanes, tiles, most]``, bit r set where the tile's
+            query r chose it.
         slots: int64 ``[lanes, tiles, most]``, byte r its place in the list of query r, 255 for none.
         common: int32 ``[lanes, tiles]``, number of common blocks.
         whole: int32 ``[lanes, tiles]``, how many of them all of the tile see whole.
@@ -46,8 +47,8 @@ class Sharing(NamedTuple):
 
 
 def share_selection(
-    base: Tensor, queries: int, least: int, worth: float, *, otherwise: int = NEVER, slots: bool = False,
-    rest: bool = False, blocks: Blocks | None = None, select_block: int = 1,
+    base: Tensor, queries: int, least: int, worth: float, *, otherwise: int = NEVER, even: bool = False,
+    slots: bool = False, rest: bool = False, blocks: Blocks | None = None, select_block: int = 1,
 ) -> Sharing:  # fmt: skip
     """Divide a selection into what a tile of ``queries`` adjacent queries visits together, and the rest.
 
@@ -55,13 +56,15 @@ def share_selection(
     choices that they stand for, else those that ``otherwise`` or more chose.
 
     ``base`` int32 [lanes, tq, n] holds first tokens, -1 for none; ``queries`` is at most 32, at most 8 with ``slots``.
-    With ``blocks``, of which it is the base, those that all of a tile see whole come first.
+    With ``blocks``, of which it is the base, those that all of a tile see whole come first. If it is ``even``, too, a
+    tile leaves as many blocks to one of its queries as to another, and only such as that query sees whole; a last tile
+    that is not full leaves none.
     """
     lanes, tq, n = base.shape
     tiles = ceil_div(tq, queries)
-    most = max(1, queries * n // least)
+    most = queries * n if even else max(1, queries * n // least)
     common, count, nothing = base.new_empty(lanes, tiles, most), base.new_empty(lanes, tiles), base.new_empty(0)
-    members = nothing if slots else torch.empty_like(common)
+    members = nothing if slots else torch.empty_like(common, dtype=torch.int8 if queries < 8 else torch.int32)
     places = base.new_empty(lanes, tiles, most, dtype=torch.int64) if slots else nothing
     left, left_count = (torch.empty_like(base), base.new_empty(lanes, tq)) if rest else (nothing, nothing)
     seen, low = (blocks.seen, blocks.low) if blocks else (nothing, nothing)
@@ -69,7 +72,7 @@ def share_selection(
     _divide[(tiles, lanes)](
         base, seen, low, common, members, places, count, whole, left, left_count, tq, most, worth,
         N=n, N_PAD=next_power(n), LEAST=least, OTHERWISE=otherwise, SELECT=select_block,
-        QUERIES=queries, QUERIES_PAD=next_power(queries), SLOTS=slots, REST=rest, WHOLE=blocks is not None,
+        QUERIES=queries, QUERIES_PAD=next_power(queries), SLOTS=slots, REST=rest, WHOLE=blocks is not None, EVEN=even,
         MASKED=blocks is not None and blocks.masked, num_warps=1,
     )  # fmt: skip
     return Sharing(common, members, places, count, whole, left, left_count)
@@ -81,7 +84,7 @@ def _divide(
     base, seen, low, common, members, slots, count, whole, rest, rest_count, tq, most, worth,
     N: tl.constexpr, N_PAD: tl.constexpr, LEAST: tl.constexpr, OTHERWISE: tl.constexpr, SELECT: tl.constexpr,
     QUERIES: tl.constexpr, QUERIES_PAD: tl.constexpr, SLOTS: tl.constexpr, REST: tl.constexpr, WHOLE: tl.constexpr,
-    MASKED: tl.constexpr,
+    EVEN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     tile, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tile_at = lane * tl.num_programs(0) + tile
@@ -110,14 +113,22 @@ def _divide(
     leads = taken & (lowest == member)
     blocks, choices = tl.sum((common_here & leads).to(tl.int32), axis=0), tl.sum(common_here.to(tl.int32), axis=0)
     least = tl.where(blocks <= worth * choices, LEAST, OTHERWISE)
-    leads = leads & (number >= least)
-    place = tl.cumsum(leads.to(tl.int32), axis=0) - 1
+    alone = taken & (number < least)
     if WHOLE:
         last = tl.load(seen + first + member, mask=inside, other=-1)
-        full = leads & (mine + (SELECT - 1) <= tl.min(tl.where(last < 0, NO_LIMIT, last), axis=0))
+        start = tl.zeros([QUERIES_PAD * N_PAD], tl.int32)
         if MASKED:
             start = tl.load(low + first + member, mask=inside & (last >= 0), other=0)
-            full = full & (mine >= tl.max(start, axis=0))
+        if EVEN:
+            alone = alone & (mine >= start) & (mine + (SELECT - 1) <= last)
+            own = tl.reshape(alone.to(tl.int32), [QUERIES_PAD, N_PAD])
+            counts = tl.where(tl.arange(0, QUERIES_PAD) < QUERIES, tl.sum(own, axis=1), N)
+            alone = alone & (tl.reshape(tl.cumsum(own, axis=1), [QUERIES_PAD * N_PAD]) <= tl.min(counts, axis=0))
+    leads = leads & ~alone
+    place = tl.cumsum(leads.to(tl.int32), axis=0) - 1
+    if WHOLE:
+        full = leads & (mine + (SELECT - 1) <= tl.min(tl.where(last < 0, NO_LIMIT, last), axis=0))
+        full = full & (mine >= tl.max(start, axis=0))
         before = tl.cumsum(full.to(tl.int32), axis=0)
         fulls = tl.sum(full.to(tl.int32), axis=0)
         place = tl.where(full, before - 1, place + fulls - before)
@@ -132,7 +143,7 @@ def _divide(
         tl.store(members + tile_at * most + place, bits, mask=leads)
     if not REST:
         return
-    left = tl.reshape((taken & (number < least)).to(tl.int32), [QUERIES_PAD, N_PAD])
+    left = tl.reshape(alone.to(tl.int32), [QUERIES_PAD, N_PAD])
     place = tl.cumsum(left, axis=1) - left
     total = tl.sum(left, axis=1)
     row, column = tl.arange(0, QUERIES_PAD), tl.arange(0, N_PAD)
