@@ -6,7 +6,6 @@ the tables made here.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flexnsa.checks import check_mask_mod, values_are_checked
 from flexnsa.config import NSAConfig
+from flexnsa.kept import kept
 from flexnsa.types import Positions
 from flexnsa_masks import MaskMod, and_masks, document, interval_of
 from flexnsa_masks.geometry import name_of
@@ -309,16 +309,12 @@ def resolve_positions(positions: Positions | None, q: Tensor, num_tokens: int | 
 def _counted(q: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """``first .. first+tq-1`` and as many zeros, int64 ``[1, tq]``, for queries ``[b, hq, tq, d]``; only to be read.
 
-    Kept between eager calls on CUDA, where each of a call's stages would launch two kernels for them; but not where
-    tensors hold no values yet, as fake ones, or those of a CUDA graph's capture.
+    Kept between eager calls on CUDA, but not where tensors hold no values, as fake ones.
     """
     queries, eager = q.shape[2], type(q) is Tensor and not torch.compiler.is_compiling()
     # Kernels are compiled anew for tensors that begin between multiples of 16 bytes.
-    keep = first + queries <= _LONGEST_KEPT and first % 2 == 0
-    if q.device.type != "cuda" or not eager or not keep or torch.cuda.is_current_stream_capturing():
-        return _count(first, queries, q.device)
-    # Another stream would have to wait for them. Its number, since to make a Stream takes longer than all else here.
-    return _slice_once(first, queries, q.device, torch._C._cuda_getCurrentRawStream(q.device.index))
+    keep = q.device.type == "cuda" and first + queries <= _LONGEST_KEPT and first % 2 == 0
+    return (_slice if eager and keep else _count)(first, queries, q.device)
 
 
 def _count(first: int, queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -326,17 +322,14 @@ def _count(first: int, queries: int, device: torch.device) -> tuple[Tensor, Tens
     return position, torch.zeros(1, queries, dtype=torch.int64, device=device)
 
 
-@functools.lru_cache(maxsize=64)
-def _slice_once(first: int, queries: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+_kept_count = kept(8)(_count)
+
+
+@kept(64)
+def _slice(first: int, queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
     # A power of two serves all chunks of a prompt, and lengths like it.
-    position, zero = _count_once(1 << (first + queries - 1).bit_length(), device, stream)
+    position, zero = _kept_count(0, 1 << (first + queries - 1).bit_length(), device)
     return position[:, first : first + queries], zero[:, :queries]
-
-
-@functools.lru_cache(maxsize=8)
-def _count_once(queries: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # what a validation makes, training must be able to save for its backward
-        return _count(0, queries, device)
 
 
 def _check_range(positions: range, queries: int, num_tokens: int | None) -> None:

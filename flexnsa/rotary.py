@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from flexnsa.engines import kernel_runs
+from flexnsa.kept import kept
 from flexnsa.types import accumulator
 
 Turns = tuple[Float[Tensor, "#b 1 t half"], Float[Tensor, "#b 1 t half"]]
@@ -33,7 +33,7 @@ def rotation(positions: Int64[Tensor, "#b t"] | range, dim: int, theta: float, l
         like: of the device, and as exact, as what will be rotated.
     """
     if kernel_runs(like):
-        frequency = _frequency_once(dim, theta, like.device)
+        frequency = _kept_frequency(dim, theta, like.device)
         return lambda x: _turned_by_kernel(x, positions, frequency)
     by = turns(tabulated(positions, like.device), dim, theta, accumulator(like))
     return lambda x: turned(x, by)
@@ -71,17 +71,9 @@ def _frequency(dim: int, theta: float, device: torch.device, dtype: torch.dtype)
     return theta ** (-torch.arange(half, device=device, dtype=dtype) / half)
 
 
-def _frequency_once(dim: int, theta: float, device: torch.device) -> Tensor:
-    """Kept for later calls on this stream, but for those of a CUDA graph's capture, which compute nothing yet."""
-    if torch.cuda.is_current_stream_capturing():
-        return _frequency(dim, theta, device, torch.float32)
-    return _kept_frequency(dim, theta, device, torch._C._cuda_getCurrentRawStream(device.index))
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_frequency(dim: int, theta: float, device: torch.device, stream: int) -> Tensor:
-    with torch.inference_mode(False):  # what a validation makes, training must be able to save for its backward
-        return _frequency(dim, theta, device, torch.float32)
+@kept(64)
+def _kept_frequency(dim: int, theta: float, device: torch.device) -> Tensor:
+    return _frequency(dim, theta, device, torch.float32)
 
 
 def _turned_by_kernel(x: Tensor, positions: Tensor | range, frequency: Tensor) -> Tensor:

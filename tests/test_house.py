@@ -23,6 +23,7 @@ ORDER = [
     "config",
     "types",
     "checks",
+    "kept",
     "layout",
     "visibility",
     "engines",

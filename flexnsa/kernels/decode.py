@@ -12,6 +12,7 @@ from flexnsa.kernels.configs import generation, padded, shared_memory
 from flexnsa.kernels.decode_chosen import attend_chosen
 from flexnsa.kernels.decode_selected import add_selected, attend_selected, select
 from flexnsa.kernels.decode_static import attend_static
+from flexnsa.kernels.launch import computable
 from flexnsa.kernels.scoring import LOG2E
 from flexnsa.pages import PagedKV, Pages
 from flexnsa.types import BranchKV
@@ -190,9 +191,9 @@ def _paged_step(
 ) -> Tensor:
     config = NSAConfig(*geometry)
     parts = ((k_cmp, v_cmp, cmp_table), (k, v, table), (k_win, v_win, win_table))
-    pages = PagedKV(*(Pages(_computable(k), _computable(v), _rows(table)) for k, v, table in parts))
+    pages = PagedKV(*(Pages(computable(k), computable(v), _rows(table)) for k, v, table in parts))
     with torch.cuda.device_of(q):
-        return run_step(_computable(q), gates, pages, lengths, out, config, Layout(*layout), scale)
+        return run_step(computable(q), gates, pages, lengths, out, config, Layout(*layout), scale)
 
 
 @_paged_step.register_fake
@@ -201,11 +202,6 @@ def _(  # type: ignore[no-untyped-def]
 ):
     num_selected = geometry[list(NSAConfig.__dataclass_fields__).index("num_selected")]
     return q.new_empty(q.shape[0], k.shape[1], 1, num_selected, dtype=torch.int32)
-
-
-def _computable(x: Tensor) -> Tensor:
-    """``x``, widened on a CPU: Triton's interpreter multiplies bfloat16 matrices as integers."""
-    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
 
 
 def _rows(table: Tensor) -> Tensor:

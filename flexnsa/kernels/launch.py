@@ -25,6 +25,11 @@ def next_power(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+def computable(x: Tensor) -> Tensor:
+    """``x``, widened on a CPU: Triton's interpreter multiplies bfloat16 matrices as integers."""
+    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+
+
 def is_watched(*tensors: Tensor) -> bool:
     """Whether a call has to go through the dispatcher, which takes the host as long as launching a kernel.
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
 from flexnsa.kernels.configs import shared_memory
-from flexnsa.kernels.launch import Kernel, ceil_div, next_power
+from flexnsa.kernels.launch import Kernel, ceil_div, computable, next_power
 from flexnsa.kernels.topn import Table, hidden_count, split_tile, top_blocks, touched_blocks, visible_count
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -251,7 +251,7 @@ def choose_blocks(
     indices = torch.empty(batch, heads, tq, num_selected, dtype=torch.int32, device=q.device)
     if indices.numel() == 0:
         return indices
-    q, k_cmp = _computable(q), _computable(k_cmp)
+    q, k_cmp = computable(q), computable(k_cmp)
     group = query_heads // heads
     tile = score_tile(dim, q.dtype, group, shared_memory(q.device))
     tiles = batch * heads * ceil_div(tq, tile.queries)
@@ -271,11 +271,6 @@ def choose_blocks(
 
 select_blocks = torch.library.custom_op("flexnsa::select_blocks", choose_blocks, mutates_args=())
 """``choose_blocks`` as an opaque operator: compiles without a graph break, and counts its FLOPs."""
-
-
-def _computable(x: torch.Tensor) -> torch.Tensor:
-    """``x``, widened on a CPU: Triton's interpreter multiplies bfloat16 matrices as integers."""
-    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
 
 
 def _score_blocks(

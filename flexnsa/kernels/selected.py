@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flexnsa.kernels.blocks import locate_blocks
-from flexnsa.kernels.launch import is_watched
+from flexnsa.kernels.launch import computable, is_watched
 from flexnsa.kernels.selected_backward import differentiate
 from flexnsa.kernels.selected_dq import Gradients
 from flexnsa.kernels.selected_forward import attend
@@ -102,11 +102,6 @@ def _check(
         raise ValueError(f"select_block must be at least 1, got {select_block}")
 
 
-def _computable(x: Tensor) -> Tensor:
-    """``x``, widened on a CPU: Triton's interpreter multiplies bfloat16 matrices as integers."""
-    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
-
-
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -121,7 +116,7 @@ def _attend(
     if q.numel() == 0 or k.numel() == 0 or indices.shape[-1] == 0:
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         return out, q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-    wide, wide_k, wide_v = (_computable(x) for x in (q, k, v))
+    wide, wide_k, wide_v = (computable(x) for x in (q, k, v))
     out, lse = wide.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
     if scale < 0:
         wide, scale = -wide, -scale
@@ -204,7 +199,7 @@ def _selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0 or indices.shape[-1] == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    dout, wide_q, wide_k, wide_v, out = (_computable(x) for x in (dout, q, k, v, out.contiguous()))
+    dout, wide_q, wide_k, wide_v, out = (computable(x) for x in (dout, q, k, v, out.contiguous()))
     lse = lse.contiguous()
     dq, dk, dv = (x.new_empty(x.shape) for x in (wide_q, wide_k, wide_v))
     with torch.cuda.device_of(q):
