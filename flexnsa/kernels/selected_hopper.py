@@ -1,9 +1,9 @@
 """Selected attention by queries on Hopper, in Gluon: one warp fetches, a warpgroup of four works on what has come.
 
 A program owns four adjacent queries of 16 heads. The blocks that several of them chose are visited by the warpgroup as
-one tile of 64 rows; what is left to each query by its own warp of the four, without leaving the registers in between.
-All of it comes through one ring of shared memory, filled by the copy engine as far ahead as there is room, so that
-nobody waits for a memory access that he could have asked for earlier.
+one tile of 64 rows; what is left to each query, as many whole blocks to one as to another, by its own warp of the four,
+without leaving the registers in between. All of it comes through one ring of shared memory, filled by the copy engine
+as far ahead as there is room, so that nobody waits for a memory access that he could have asked for earlier.
 """
 
 from typing import Any
@@ -39,46 +39,35 @@ def _fetch_block(copy, full, left, right, slot, batch, head, token):
     """Keys or values of a block, both halves of their dims, for all queries."""
     bar = full.index(slot)
     mbarrier.expect(bar, BLOCK * 2 * HALF * 2)
-    mbarrier.arrive(bar, count=QUERIES - 1)
     _fetch(copy, [batch, head, token, 0], bar, left.index(slot))
     _fetch(copy, [batch, head, token, HALF], bar, right.index(slot))
 
 
 @gluon.jit
-def _fetch_part(copy, full, left, right, slot, batch, head, block, offset, member: gl.constexpr):
-    """A few keys or values for one query, if it has a block."""
-    bar = full.index(slot)
-    if block >= 0:
-        token = block + offset
-        mbarrier.expect(bar, PART * 2 * HALF * 2)
-        _fetch(copy, [batch, head, token, 0], bar, left.index(slot).slice(member * PART, PART, 2))
-        _fetch(copy, [batch, head, token, HALF], bar, right.index(slot).slice(member * PART, PART, 2))
-    else:
-        mbarrier.arrive(bar, count=1)
+def _fetch_part(copy, bar, left, right, batch, head, token, member: gl.constexpr):
+    """A few keys or values for one query."""
+    _fetch(copy, [batch, head, token, 0], bar, left.slice(member * PART, PART, 2))
+    _fetch(copy, [batch, head, token, HALF], bar, right.slice(member * PART, PART, 2))
 
 
 @gluon.jit
 def _fetch_parts(copy, full, x0, x1, slot, batch, head, first, second, third, fourth, offset):
-    """Of each query's block the part from ``offset`` on."""
-    _fetch_part(copy, full, x0, x1, slot, batch, head, first, offset, 0)
-    _fetch_part(copy, full, x0, x1, slot, batch, head, second, offset, 1)
-    _fetch_part(copy, full, x0, x1, slot, batch, head, third, offset, 2)
-    _fetch_part(copy, full, x0, x1, slot, batch, head, fourth, offset, 3)
-
-
-@gluon.jit
-def _own_block(rest, number, present, member: gl.constexpr, N: gl.constexpr):
-    """First token of a block that is left to a query, -1 for none."""
-    return gl.load(rest + member * N + number, mask=member < present, other=-1)
+    """Of each query's own block the part from ``offset`` on."""
+    bar, left, right = full.index(slot), x0.index(slot), x1.index(slot)
+    mbarrier.expect(bar, QUERIES * PART * 2 * HALF * 2)
+    _fetch_part(copy, bar, left, right, batch, head, first + offset, 0)
+    _fetch_part(copy, bar, left, right, batch, head, second + offset, 1)
+    _fetch_part(copy, bar, left, right, batch, head, third + offset, 2)
+    _fetch_part(copy, bar, left, right, batch, head, fourth + offset, 3)
 
 
 @gluon.jit
 def _produce(
     k_copy, v_copy, k_part, v_part, k_full, v_full, k_free, v_free, k0, k1, v0, v1,
-    base, rest, blocks, left, present, batch, head, N: gl.constexpr, SLOTS: gl.constexpr,
+    base, rest, count, rest_count, batch, head, N: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring: the common blocks, then the parts of the others, each as soon as its slot is free."""
-    ahead = gl.load(base, mask=blocks > 0, other=0)
+    blocks, left, ahead = gl.load(count), gl.load(rest_count), gl.load(base)
     for step in range(blocks):
         token = ahead
         ahead = gl.load(base + gl.minimum(step + 1, blocks - 1))
@@ -88,8 +77,8 @@ def _produce(
         mbarrier.wait(v_free.index(slot), turn)
         _fetch_block(v_copy, v_full, v0, v1, slot, batch, head, token)
     for number in range(left):
-        first, second = _own_block(rest, number, present, 0, N), _own_block(rest, number, present, 1, N)
-        third, fourth = _own_block(rest, number, present, 2, N), _own_block(rest, number, present, 3, N)
+        first, second = gl.load(rest + number), gl.load(rest + N + number)
+        third, fourth = gl.load(rest + 2 * N + number), gl.load(rest + 3 * N + number)
         for part in range(BLOCK // PART):
             step = blocks + number * (BLOCK // PART) + part
             slot, turn = step % SLOTS, step // SLOTS & 1 ^ 1
@@ -150,20 +139,11 @@ def _clear(v0, v1, slot, first, limit, layout: gl.constexpr):
 
 
 @gluon.jit
-def _own_end(rest, seen, number, present, member, N: gl.constexpr):
-    """How many keys each query sees of a block that is left to it."""
-    some = member < present
-    first = gl.load(rest + member * N + number, mask=some, other=-1)
-    last = gl.load(seen + member, mask=some, other=-1)
-    return gl.where(first < 0, 0, gl.minimum(BLOCK, last + 1 - first))
-
-
-@gluon.jit
 def _visit_common(
     q0, q1, k0, k1, v0, v1, k_full, v_full, k_free, v_free, base, members, seen, blocks, wholes, present, top, total,
     acc0, acc1, scale_log2, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """All rows visit each common block; the next one's scores are under way while weights meet values."""
+    """All rows visit each common block: its softmax is taken while the last one's weights meet their values."""
     layout: gl.constexpr = acc0.type.layout
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     member = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) // HEADS
@@ -177,29 +157,31 @@ def _visit_common(
     _barrier()
     mbarrier.arrive(k_free.index(0), count=1)
     weights, kept, top, total = _soften(scores, 0, wholes, base, members, bit, last_seen, top, total, scale_log2, q0)
+    mbarrier.wait(v_full.index(0), 0)
     for step in range(blocks - 1):
         slot, after = step % SLOTS, (step + 1) % SLOTS
         mbarrier.wait(k_full.index(after), (step + 1) // SLOTS & 1)
         under_way = _multiply(q0, q1, k0, k1, after, zero)
-        mbarrier.wait(v_full.index(slot), step // SLOTS & 1)
         if step >= wholes:
             _clear(v0, v1, slot, gl.load(base + step), limit, lines)
         sum0 = hopper.warpgroup_mma(weights, v0.index(slot).reshape((BLOCK, HALF)), acc0, is_async=True)
         sum1 = hopper.warpgroup_mma(weights, v1.index(slot).reshape((BLOCK, HALF)), acc1, is_async=True)
         scores = hopper.warpgroup_mma_wait(2, deps=(under_way,))
+        _barrier()
+        mbarrier.arrive(k_free.index(after), count=1)
         later, kept, top, total = _soften(
             scores, step + 1, wholes, base, members, bit, last_seen, top, total, scale_log2, q0
         )  # fmt: skip
+        # A wait of this kind, which ends in a branch, keeps ptxas from moving the softmax behind the next one.
+        mbarrier.wait(v_full.index(after), (step + 1) // SLOTS & 1)
         acc0, acc1, weights, later = hopper.warpgroup_mma_wait(0, deps=(sum0, sum1, weights, later))
         _barrier()
-        mbarrier.arrive(k_free.index(after), count=1)
         mbarrier.arrive(v_free.index(slot), count=1)
         acc0 *= kept[:, None]
         acc1 *= kept[:, None]
         weights = later
     end = blocks - 1
     last_slot = end % SLOTS
-    mbarrier.wait(v_full.index(last_slot), end // SLOTS & 1)
     if end >= wholes:
         _clear(v0, v1, last_slot, gl.load(base + end), limit, lines)
     sum0 = hopper.warpgroup_mma(weights, v0.index(last_slot).reshape((BLOCK, HALF)), acc0, is_async=True)
@@ -212,52 +194,38 @@ def _visit_common(
 
 @gluon.jit
 def _visit_rest(
-    q0, q1, k0, k1, v0, v1, k_full, v_full, k_free, v_free, rest, seen, blocks, left, present, top, total, acc0, acc1,
-    scale_log2, N: gl.constexpr, SLOTS: gl.constexpr,
+    q0, q1, k0, k1, v0, v1, k_full, v_full, k_free, v_free, blocks, left, top, total, acc0, acc1,
+    scale_log2, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Each warp, which holds one query's heads, visits what is left to it, a part of a block a step."""
     layout: gl.constexpr = acc0.type.layout
     given: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
-    member = gl.arange(0, QUERIES, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    value_member = gl.arange(0, QUERIES, layout=gl.SliceLayout(1, gl.SliceLayout(2, given)))
-    key = gl.arange(0, PART, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    value_key = gl.arange(0, PART, layout=gl.SliceLayout(0, gl.SliceLayout(2, given)))
     zero = gl.zeros((QUERIES, HEADS, PART), gl.float32, layout)
     shape: gl.constexpr = (QUERIES, PART, HALF)
-    for number in range(left):
-        whole = True
-        for one in gl.static_range(QUERIES):
-            first = _own_block(rest, number, present, one, N)
-            last = gl.load(seen + one, mask=one < present, other=-1)
-            whole = whole & (first >= 0) & (first + BLOCK - 1 <= last)
-        for part in range(BLOCK // PART):
-            step = blocks + number * (BLOCK // PART) + part
-            slot, turn = step % SLOTS, step // SLOTS & 1
-            mbarrier.wait(k_full.index(slot), turn)
-            scores = hopper.mma_v2(q0, k0.index(slot).reshape(shape).permute((0, 2, 1)).load(given), zero)
-            scores = hopper.mma_v2(q1, k1.index(slot).reshape(shape).permute((0, 2, 1)).load(given), scores)
-            if not whole:
-                end = _own_end(rest, seen, number, present, member, N).expand_dims(1).expand_dims(2)
-                inside = part * PART + key.expand_dims(0).expand_dims(1) < end
-                scores = gl.where(inside, scores, float("-inf"))
-            higher = gl.maximum(top, gl.max(scores, axis=2))
-            anchor = gl.where(higher == float("-inf"), 0.0, higher) * scale_log2
-            weights = gl.exp2(scores * scale_log2 - anchor.expand_dims(2))
-            kept = gl.exp2(top * scale_log2 - anchor)
-            total = total * kept + gl.sum(weights, axis=2)
-            top = higher
-            mbarrier.wait(v_full.index(slot), turn)
-            v_left, v_right = v0.index(slot).reshape(shape).load(given), v1.index(slot).reshape(shape).load(given)
+    for step in range(blocks, blocks + left * (BLOCK // PART)):
+        slot, turn = step % SLOTS, step // SLOTS & 1
+        # A slot goes free once products are under way with what was read of it, behind a branch, which ptxas does not
+        # move them across. A barrier right behind the reads does not wait for them to arrive: what the copy engine
+        # brings next has been seen to overtake some.
+        if step > blocks:
             _barrier()
-            mbarrier.arrive(k_free.index(slot), count=1)
-            mbarrier.arrive(v_free.index(slot), count=1)
-            if not whole:
-                end = _own_end(rest, seen, number, present, value_member, N).expand_dims(1)
-                inside = (part * PART + value_key.expand_dims(0) < end).expand_dims(2)
-                v_left, v_right = gl.where(inside, v_left, 0.0), gl.where(inside, v_right, 0.0)
-            weights = gl.convert_layout(weights.to(q0.dtype), q0.type.layout)
-            acc0 = hopper.mma_v2(weights, v_left, acc0 * kept.expand_dims(2))
-            acc1 = hopper.mma_v2(weights, v_right, acc1 * kept.expand_dims(2))
+            mbarrier.arrive(v_free.index((step - 1) % SLOTS), count=1)
+        mbarrier.wait(k_full.index(slot), turn)
+        # Two sums of half the length: a product waits for the one that it adds to.
+        scores = hopper.mma_v2(q0, k0.index(slot).reshape(shape).permute((0, 2, 1)).load(given), zero)
+        scores += hopper.mma_v2(q1, k1.index(slot).reshape(shape).permute((0, 2, 1)).load(given), zero)
+        mbarrier.wait(v_full.index(slot), turn)
+        _barrier()
+        mbarrier.arrive(k_free.index(slot), count=1)
+        v_left, v_right = v0.index(slot).reshape(shape).load(given), v1.index(slot).reshape(shape).load(given)
+        higher = gl.maximum(top, gl.max(scores, axis=2))
+        weights = gl.exp2(scores * scale_log2 - (higher * scale_log2).expand_dims(2))
+        kept = gl.exp2((top - higher) * scale_log2)
+        total = total * kept + gl.sum(weights, axis=2)
+        top = higher
+        weights = gl.convert_layout(weights.to(q0.dtype), q0.type.layout)
+        acc0 = hopper.mma_v2(weights, v_left, acc0 * kept.expand_dims(2))
+        acc1 = hopper.mma_v2(weights, v_right, acc1 * kept.expand_dims(2))
     return top, total, acc0, acc1
 
 
@@ -286,8 +254,8 @@ def _finish(out, lse, lane, first, present, tq, top, total, acc0, acc1, scale_lo
 
 @gluon.jit
 def _consume(
-    q, out, lse, k_full, v_full, k_free, v_free, k0, k1, v0, v1, base, members, rest, seen, blocks, wholes, left,
-    present, stride_qh, stride_qt, lane, first, tq, scale, N: gl.constexpr, SLOTS: gl.constexpr,
+    q, out, lse, k_full, v_full, k_free, v_free, k0, k1, v0, v1, base, members, seen, count, whole, rest_count,
+    present, stride_qh, stride_qt, lane, first, tq, scale, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Go through what the ring brings, and write what comes of it."""
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -297,8 +265,10 @@ def _consume(
     dim = gl.arange(0, HALF, layout=gl.SliceLayout(0, lines))
     q_at = gl.minimum(first + row // HEADS, tq - 1).to(gl.int64) * stride_qt + (row % HEADS).to(gl.int64) * stride_qh
     q_at = q + (q_at[:, None] + dim[None, :])
-    q0 = gl.convert_layout(gl.load(q_at), gl.DotOperandLayout(0, tile, 2))
-    q1 = gl.convert_layout(gl.load(q_at + HALF), gl.DotOperandLayout(0, tile, 2))
+    q0, q1 = gl.load(q_at), gl.load(q_at + HALF)
+    blocks, wholes, left = gl.load(count), gl.load(whole), gl.load(rest_count)
+    q0 = gl.convert_layout(q0, gl.DotOperandLayout(0, tile, 2))
+    q1 = gl.convert_layout(q1, gl.DotOperandLayout(0, tile, 2))
     scale_log2 = gl.maximum(scale * LOG2E, 1e-30)
     top = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, tile))
     total = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, tile))
@@ -317,8 +287,8 @@ def _consume(
     acc0 = gl.convert_layout(acc0.reshape(shape), by_query)
     acc1 = gl.convert_layout(acc1.reshape(shape), by_query)
     top, total, acc0, acc1 = _visit_rest(
-        q0, q1, k0, k1, v0, v1, k_full, v_full, k_free, v_free, rest, seen, blocks, left, present, top, total,
-        acc0, acc1, scale_log2, N, SLOTS,
+        q0, q1, k0, k1, v0, v1, k_full, v_full, k_free, v_free, blocks, left, top, total, acc0, acc1,
+        scale_log2, SLOTS,
     )  # fmt: skip
     _finish(out, lse, lane, first, present, tq, top, total, acc0, acc1, scale_log2)
 
@@ -330,19 +300,19 @@ def fetched_attention(
     stride_qb, stride_qh, stride_qt, hk, tq, most, scale, N: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Output and LSE of four adjacent queries. Grid: (tiles, lanes)."""
-    tile, lane = gl.program_id(0), gl.program_id(1)
+    # A lane's first tiles have the fewest blocks: they come last, so that a launch's programs end together.
+    tile, lane = gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(1)
     batch, head, first = lane // hk, lane % hk, tile * QUERIES
     present = gl.minimum(tq - first, QUERIES)
     tile_at = lane.to(gl.int64) * gl.num_programs(0) + tile
     query_at = lane.to(gl.int64) * tq + first
-    blocks, wholes = gl.load(count + tile_at), gl.load(whole + tile_at)
+    count += tile_at
+    whole += tile_at
+    rest_count += query_at
     base += tile_at * most
     members += tile_at * most
     rest += query_at * N
     seen += query_at
-    left = 0
-    for member in gl.static_range(QUERIES):
-        left = gl.maximum(left, gl.load(rest_count + query_at + member, mask=member < present, other=0))
     q += batch.to(gl.int64) * stride_qb + head.to(gl.int64) * HEADS * stride_qh
     ring: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
@@ -356,20 +326,20 @@ def fetched_attention(
     v_free = gl.allocate_shared_memory(gl.int64, (SLOTS, 1), bars)
     # No barrier may be made and then not used: Triton would give its memory to others while it still is a barrier.
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(k_full.index(slot), count=QUERIES)
-        mbarrier.init(v_full.index(slot), count=QUERIES)
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(k_free.index(slot), count=1)
         mbarrier.init(v_free.index(slot), count=1)
     hopper.fence_async_shared()
     _barrier()
     gl.warp_specialize([
         (_consume, (
-            q, out, lse, k_full, v_full, k_free, v_free, k0, k1, v0, v1, base, members, rest, seen, blocks, wholes,
-            left, present, stride_qh, stride_qt, lane, first, tq, scale, N, SLOTS,
+            q, out, lse, k_full, v_full, k_free, v_free, k0, k1, v0, v1, base, members, seen, count, whole,
+            rest_count, present, stride_qh, stride_qt, lane, first, tq, scale, SLOTS,
         )),
         (_produce, (
             k_copy, v_copy, k_part, v_part, k_full, v_full, k_free, v_free, k0, k1, v0, v1,
-            base, rest, blocks, left, present, batch, head, N, SLOTS,
+            base, rest, count, rest_count, batch, head, N, SLOTS,
         )),
     ], [1], [24])  # fmt: skip
 
