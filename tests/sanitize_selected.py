@@ -34,6 +34,7 @@ SELECTED = [  # batch, KV heads, group, d, dv, select_block, tokens, documents, 
     (1, 1, 3, 80, 96, 32, 70, True, 3, 5, torch.float16),
     (1, 2, 16, 64, 64, 16, 50, False, 3, 3, torch.bfloat16),
     (1, 1, 16, 128, 128, 64, 150, True, 2, 7, torch.bfloat16),
+    (1, 1, 16, 128, 128, 64, 640, False, 2, 58, torch.bfloat16),  # neighbours with nothing in common, and with some
 ]
 LONG_SELECTED = [
     *((2, 2, group, 64, 64, 16, 200, documents, 5, 4, torch.bfloat16) for group in (1, 4, 8) for documents in (0, 1)),

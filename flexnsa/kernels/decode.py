@@ -25,6 +25,10 @@ FEW_LANES = 16
 
 MOST_BLOCKS = 8192
 """Blocks among which it can, for it holds a score and a page of each."""
+
+MOST_SUMMED = 16384
+"""Blocks of all lanes together from which on it costs more that each of a lane's programs sums the same importances."""
+
 READ = 32768
 """Numbers of importance that such a program reads at a time, all in registers."""
 
@@ -98,7 +102,8 @@ def plan_step(lanes: int, blocks: int, config: NSAConfig, row_bytes: int, group:
     keys = min(widest, padded(config.select_block))
     compressed = min(_filling(lanes), triton.cdiv(blocks, tile), 32)
     window = max(1, min(256 // lanes, config.window // keys, 16))
-    alone = lanes <= FEW_LANES and _scores(blocks, config) <= MOST_BLOCKS
+    scores = _scores(blocks, config)
+    alone = lanes <= FEW_LANES and scores <= MOST_BLOCKS and lanes * scores <= MOST_SUMMED
     # Those that choose have a multiprocessor each, or two at most share one: all of them read every importance.
     selected = min(max(8, 64 // lanes) if alone else max(1, 128 // lanes), config.num_selected)
     least = 2 if alone and lanes >= 8 else 1
