@@ -12,7 +12,6 @@ from typing import Any
 import conversion
 import decode
 import distributed
-import flash
 import gallery
 import gpu_tests
 import kernels
@@ -42,7 +41,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "auto": support.auto_order,
     "engines": support.engines_table,
     "support": support.support_table,
-    **flash.TABLES,
     **kernels.TABLES,
     **speed.TABLES,
     **learn_tables.TABLES,
