@@ -125,6 +125,7 @@ def _detail_lines(rows: Sequence[Row], case: str) -> Iterator[str]:
 def memory_table(rows: Sequence[Row], case: str) -> str | None:
     """What is kept for the backward, with and without recomputing, and what that costs; None where not measured."""
     found = [row for row in whole(rows, case) if row.get("held_gib") is not None]
+    found = [row for row in found if row["engine"].startswith("flexnsa") or row["engine"] in DENSE]
     lengths = {row["tokens"] for row in found if "recompute" in row["engine"]}
     lines = [
         "| engine | tokens | held GiB | peak GiB | forward + backward ms |",

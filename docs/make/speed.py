@@ -17,6 +17,8 @@ from bench.speed.pictures import draw_ratios, draw_stages, draw_times
 ROWS = (draw_times, draw_ratios, draw_stages)
 MISSING = "\n\nNot in this run: "
 WITH, WITHOUT = "flexnsa-eager", "flexnsa-triton-eager"
+SHOWN = (WITH, "flexnsa", WITHOUT, "cudnn", "fa2", "fla-nsa", "flex-dense")
+"""Engines in the pictures."""
 
 
 def result() -> Mapping[str, Any]:
@@ -102,12 +104,17 @@ def measured() -> list[str]:
     return [case for case in report.case_names(rows) if report.whole(rows, case)]
 
 
+def shown() -> list[Mapping[str, Any]]:
+    """The rows in the pictures."""
+    return [row for row in result()["rows"] if row["engine"] in SHOWN]
+
+
 def picture() -> Figure:
     """The first case: times, ratios and stages downwards, forward on the left and backward on the right."""
     sheet = Figure(figsize=(8.5, 9.5), layout="constrained")
     for line, draw in zip(sheet.subplots(3, 2), ROWS, strict=True):
         for axes, direction in zip(line, report.DIRECTIONS, strict=True):
-            draw(axes, result()["rows"], measured()[0], direction)
+            draw(axes, shown(), measured()[0], direction)
     for axes in sheet.axes[2:4]:
         axes.set(ylabel="dense attention's time / time")
     for axes in sheet.axes[-2:]:
@@ -119,7 +126,7 @@ def overview() -> Figure:
     """Ratios of the first case for the README, forward on the left and backward on the right."""
     sheet = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, direction in zip(sheet.subplots(1, 2), report.DIRECTIONS, strict=True):
-        draw_ratios(axes, result()["rows"], measured()[0], direction)
+        draw_ratios(axes, shown(), measured()[0], direction)
         axes.set(ylabel="dense attention's time / time")
     return sheet
 
