@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flexnsa.checks import check_mask_mod, values_are_checked
 from flexnsa.config import NSAConfig
-from flexnsa.kept import kept
+from flexnsa.kept import kept, unobserved
 from flexnsa.types import Positions
 from flexnsa_masks import MaskMod, and_masks, document, interval_of
 from flexnsa_masks.geometry import name_of
@@ -309,12 +309,12 @@ def resolve_positions(positions: Positions | None, q: Tensor, num_tokens: int | 
 def _counted(q: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """``first .. first+tq-1`` and as many zeros, int64 ``[1, tq]``, for queries ``[b, hq, tq, d]``; only to be read.
 
-    Kept between eager calls on CUDA, but not where tensors hold no values, as fake ones.
+    Kept between eager calls on CUDA.
     """
-    queries, eager = q.shape[2], type(q) is Tensor and not torch.compiler.is_compiling()
+    queries, keep = q.shape[2], q.device.type == "cuda" and unobserved() and type(q) is Tensor
     # Kernels are compiled anew for tensors that begin between multiples of 16 bytes.
-    keep = q.device.type == "cuda" and first + queries <= _LONGEST_KEPT and first % 2 == 0
-    return (_slice if eager and keep else _count)(first, queries, q.device)
+    keep = keep and first + queries <= _LONGEST_KEPT and first % 2 == 0
+    return (_slice if keep else _count)(first, queries, q.device)
 
 
 def _count(first: int, queries: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexnsa import NSAConfig, PagedKV, Pages, engines, paged_append, paged_step
 from flexnsa.kernels import configs, decode, scoring, selected, selected_backward, selected_forward
+from flexnsa.kernels.launch import computable
 from flexnsa.types import BranchKV
 
 POINTERS = {
+    torch.int8: "*i8",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -162,7 +164,8 @@ def launches(operator: Callable[[Config], None], config: Config, limit: int) -> 
     selected_forward.generation = lambda device: config.capability // 10
     selected_forward._has_hopper_kernel = lambda device: config.capability == 90
     for module in (scoring, selected, decode):
-        module._computable = lambda x: x
+        assert module.computable is computable
+        module.computable = lambda x: x
     operator(config)
     return list(found.values())
 

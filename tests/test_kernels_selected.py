@@ -190,10 +190,10 @@ def test_strides_that_the_copy_engine_does_not_take():
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**20), st.booleans(), st.booleans())
-def test_tiles_take_what_is_worth_sharing(queries, n, seed, masked, even):
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(2, 3), st.integers(0, 2**20), st.booleans(), st.booleans())
+def test_tiles_take_what_is_worth_sharing(queries, n, otherwise, seed, masked, even):
     rng = torch.Generator().manual_seed(seed)
-    tq, least, otherwise, worth = 11, 1, 2, 0.7
+    tq, least, worth = 11, 1, 0.7
     seen = torch.randint(-1, 60, (1, tq), generator=rng).int()
     low = torch.randint(0, 30, (1, tq), generator=rng).int() if masked else seen
     base = torch.stack([torch.randperm(5, generator=rng)[:n].sort().values * 16 for _ in range(tq)])[None].int()
@@ -207,8 +207,10 @@ def test_tiles_take_what_is_worth_sharing(queries, n, seed, masked, even):
         choosers = {x: [r for r, own in enumerate(mine) if x in own] for x in sorted(set().union(*mine))}
         worthy = len(choosers) <= worth * sum(map(len, mine))
         sight = [(int(low[0, t]) if masked else 0, int(seen[0, t])) for t in range(first, first + len(mine))]
-        alone = [sorted(x for x in own if len(choosers[x]) < (least if worthy else otherwise)) for own in mine]
+        least_here = least if worthy else otherwise
+        alone = [sorted(x for x in own if len(choosers[x]) < least_here) for own in mine]
         if even:
+            alone = [[x for x in own if len(choosers[x]) == 1] for own in alone]
             alone = [[x for x in own if a <= x and x + 15 <= b] for own, (a, b) in zip(alone, sight, strict=True)]
             fewest = min(map(len, alone)) if len(mine) == queries else 0
             alone = [own[:fewest] for own in alone]

@@ -322,6 +322,14 @@ def test_a_step_fills_its_waves(lanes: int):
     assert programs > (0.85 if lanes <= 1024 else 0.75) * -(-programs // decode.WAVE) * decode.WAVE
 
 
+@pytest.mark.parametrize(
+    ("lanes", "blocks", "alone"),
+    [(4, 2048, True), (4, 2049, False), (8, 2048, True), (16, 1024, True), (16, 2048, False), (17, 128, False)],
+)
+def test_each_program_chooses_where_summing_is_little_work(lanes: int, blocks: int, alone: bool):
+    assert decode.plan_step(lanes, blocks, PAPER, 512, 16, 227 << 10).alone == alone
+
+
 DIVISIONS = {
     "alone": {"split": False},
     "merged by the last": {"split": True},

@@ -17,7 +17,6 @@ CONFIG = NSAConfig(compress_block=4, compress_stride=2, select_block=4, num_sele
 def by_kernel(monkeypatch):
     """Every eager call rotates by the kernel, in Triton's interpreter."""
     monkeypatch.setattr(rotary, "kernel_runs", lambda like: like.dtype != torch.float64)
-    monkeypatch.setattr(rotary, "_kept_frequency", lambda *of: rotary._frequency(*of, torch.float32))
 
 
 def plain(x: Tensor, positions: Tensor | range) -> Tensor:
@@ -48,7 +47,6 @@ def test_the_kernel_turns_as_plain_torch_does(batch, heads, tokens, dim, step, t
     for answer in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rotary, "kernel_runs", lambda like, answer=answer: answer)
-            patch.setattr(rotary, "_kept_frequency", lambda *of: rotary._frequency(*of, torch.float32))
             out = rotation(positions, dim, 1e4, x)(x)
             found.append((out, *torch.autograd.grad(out, x, grad)))
             with torch.no_grad():
@@ -86,7 +84,6 @@ def test_a_layer_by_the_kernel_is_the_plain_one_cached_and_not(monkeypatch, comp
     found = []
     for answer in (False, True):
         monkeypatch.setattr(rotary, "kernel_runs", lambda like, answer=answer: answer)
-        monkeypatch.setattr(rotary, "_kept_frequency", lambda *of: rotary._frequency(*of, torch.float32))
         outs = [layer(x), layer(x, documents=documents)]
         outs += [torch.autograd.grad(outs[0].square().sum(), layer.q_proj.weight)[0]]
         rest = layer.forward_part(x[:, 3:], positions=positions, gather=lambda k: torch.cat((k[:, :, :3], k), 2))

@@ -12,7 +12,9 @@ import recorded
 from matplotlib.figure import Figure
 
 from bench.speed import report
+from bench.speed.cases import CASES
 from bench.speed.pictures import draw_ratios, draw_stages, draw_times
+from flexnsa.engines import FLASH_HEAD_DIMS
 
 ROWS = (draw_times, draw_ratios, draw_stages)
 MISSING = "\n\nNot in this run: "
@@ -82,7 +84,7 @@ def growth() -> str:
 
 
 def flash() -> str:
-    """Whole calls with flash-attn-4's kernels and without them."""
+    """Whole calls with flash-attn-4's kernels and without them, of the cases that they take."""
     rows = {(row["case"], row["tokens"], row["engine"]): row for row in result()["rows"] if row["stage"] == "whole"}
     lines = [
         "| case | tokens | with it: ms forward / backward | without | gain | peak GiB with it | without |",
@@ -90,12 +92,23 @@ def flash() -> str:
     ]
     for (case, tokens, engine), row in sorted(rows.items()):
         other = rows.get((case, tokens, WITHOUT))
-        if engine == WITH and other is not None and "forward_ms" in other:
+        if (
+            engine == WITH
+            and other is not None
+            and "forward_ms" in row
+            and "forward_ms" in other
+            and _flash_takes(case)
+        ):
             both = [f"{x['forward_ms']:.2f} / {x['backward_ms']:.2f}" for x in (row, other)]
             gain = " / ".join(f"{other[key] / row[key]:.2f}" for key in ("forward_ms", "backward_ms"))
             peaks = [f"{x['peak_gib']:.1f}" for x in (row, other)]
             lines.append(f"| {' | '.join((case, f'{tokens:,}', *both, gain, *peaks))} |")
     return "\n".join(lines)
+
+
+def _flash_takes(case: str) -> bool:
+    shape = CASES[case]
+    return shape.dim == shape.value_dim and shape.dim in FLASH_HEAD_DIMS and shape.documents == 1
 
 
 def measured() -> list[str]:

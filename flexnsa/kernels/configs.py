@@ -115,7 +115,7 @@ class HopperPlan(NamedTuple):
 
     Attributes:
         least: how many of a tile's queries must choose a block for all of it to visit the block as one.
-        slots: blocks of keys, and of values, that a program's shared memory holds.
+        slots: blocks of keys, and of values, that a program's shared memory holds; two at least.
         registers: of a thread, where all have as many; those that compute take over what the others do not need.
     """
 

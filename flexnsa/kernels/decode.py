@@ -23,11 +23,11 @@ WAVE = 396
 FEW_LANES = 16
 """Lanes that leave so much of a device idle that every program of the selected branch chooses for itself."""
 
-MOST_BLOCKS = 8192
-"""Blocks among which it can, for it holds a score and a page of each."""
+MOST_BLOCKS = 2048
+"""Blocks among which it does, for it reads every head's share of each and holds a score and a page in registers."""
 
 MOST_SUMMED = 16384
-"""Blocks of all lanes together from which on it costs more that each of a lane's programs sums the same importances."""
+"""Blocks of all lanes together up to which it pays that all programs of a lane sum the same importances."""
 
 READ = 32768
 """Numbers of importance that such a program reads at a time, all in registers."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexnsa.kept import unobserved
+
 _KEPT = 1024
 """Variants of a kernel that are remembered: exact strides are part of what tells them apart."""
 
@@ -35,13 +37,7 @@ def is_watched(*tensors: Tensor) -> bool:
 
     Gradients need it, and whoever looks on: modes (those that count FLOPs, say), traces, transforms, subclasses.
     """
-    return (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(x) is not Tensor for x in tensors)
-    )
+    return torch.is_grad_enabled() or not unobserved() or any(type(x) is not Tensor for x in tensors)
 
 
 class Kernel:

@@ -172,7 +172,7 @@ def _visit_common(
         later, kept, top, total = _soften(
             scores, step + 1, wholes, base, members, bit, last_seen, top, total, scale_log2, q0
         )  # fmt: skip
-        # A wait of this kind, which ends in a branch, keeps ptxas from moving the softmax behind the next one.
+        # A wait of this kind, which ends in a branch, keeps ptxas from moving the softmax behind that for the products.
         mbarrier.wait(v_full.index(after), (step + 1) // SLOTS & 1)
         acc0, acc1, weights, later = hopper.warpgroup_mma_wait(0, deps=(sum0, sum1, weights, later))
         _barrier()
@@ -204,10 +204,10 @@ def _visit_rest(
     shape: gl.constexpr = (QUERIES, PART, HALF)
     for step in range(blocks, blocks + left * (BLOCK // PART)):
         slot, turn = step % SLOTS, step // SLOTS & 1
-        # A slot goes free once products are under way with what was read of it, behind a branch, which ptxas does not
-        # move them across. A barrier right behind the reads does not wait for them to arrive: what the copy engine
-        # brings next has been seen to overtake some.
+        # Before the copy engine writes to a slot again, what was read of it must have arrived. A barrier alone does not
+        # say so, the fence does; behind the products that need it, it waits for little.
         if step > blocks:
+            hopper.fence_async_shared()
             _barrier()
             mbarrier.arrive(v_free.index((step - 1) % SLOTS), count=1)
         mbarrier.wait(k_full.index(slot), turn)
@@ -215,6 +215,7 @@ def _visit_rest(
         scores = hopper.mma_v2(q0, k0.index(slot).reshape(shape).permute((0, 2, 1)).load(given), zero)
         scores += hopper.mma_v2(q1, k1.index(slot).reshape(shape).permute((0, 2, 1)).load(given), zero)
         mbarrier.wait(v_full.index(slot), turn)
+        hopper.fence_async_shared()
         _barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
         v_left, v_right = v0.index(slot).reshape(shape).load(given), v1.index(slot).reshape(shape).load(given)

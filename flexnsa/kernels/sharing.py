@@ -56,9 +56,9 @@ def share_selection(
     choices that they stand for, else those that ``otherwise`` or more chose.
 
     ``base`` int32 [lanes, tq, n] holds first tokens, -1 for none; ``queries`` is at most 32, at most 8 with ``slots``.
-    With ``blocks``, of which it is the base, those that all of a tile see whole come first. If it is ``even``, too, a
-    tile leaves as many blocks to one of its queries as to another, and only such as that query sees whole; a last tile
-    that is not full leaves none.
+    With ``blocks``, of which it is the base, those that all of a tile see whole come first. With ``even`` as well, a
+    tile leaves as many blocks to one of its queries as to another, and only such as no other query of it chose and that
+    one sees whole; a last tile that is not full leaves none.
     """
     lanes, tq, n = base.shape
     tiles = ceil_div(tq, queries)
@@ -120,7 +120,7 @@ def _divide(
         if MASKED:
             start = tl.load(low + first + member, mask=inside & (last >= 0), other=0)
         if EVEN:
-            alone = alone & (mine >= start) & (mine + (SELECT - 1) <= last)
+            alone = alone & (number == 1) & (mine >= start) & (mine + (SELECT - 1) <= last)
             own = tl.reshape(alone.to(tl.int32), [QUERIES_PAD, N_PAD])
             counts = tl.where(tl.arange(0, QUERIES_PAD) < QUERIES, tl.sum(own, axis=1), N)
             alone = alone & (tl.reshape(tl.cumsum(own, axis=1), [QUERIES_PAD * N_PAD]) <= tl.min(counts, axis=0))
