@@ -38,17 +38,32 @@ def where() -> str:
 
 
 def designs() -> str:
-    """Every division of one sequence's step that was timed, the fastest of the longest sequence first."""
+    """Every division of one sequence's step that was timed, the fastest of the longest sequence first.
+
+    Those of the second run are in italics.
+    """
     rows, lengths = _by_design()
     lines = ["| design | " + " | ".join(f"{n // 1024}k, µs | cached" for n in lengths) + " |"]
     lines.append("|---" + "|--:" * 2 * len(lengths) + "|")
     for name, found in sorted(rows.items(), key=lambda item: item[1][lengths[-1]]["us"]):
-        bold = "**" if name.endswith(CHOSEN) else ""
+        later = any("run" in row for row in found.values())
+        bold = "**" if name.endswith(CHOSEN) else "*" if later else ""
         cells = [bold + name.removesuffix(CHOSEN) + bold]
         for row in (found[n] for n in lengths):
             cells += [f"{bold}{row['us']:.1f}{bold}", f"{row['in_cache_us']:.1f}" if "in_cache_us" in row else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + f"\n\n{recorded.where(recorded.result(DESIGNS))}."
+
+
+def first_launch() -> str:
+    """What the first launch of one sequence's step takes, and parts of it."""
+    rows: dict[str, dict[int, float]] = {}
+    for row in recorded.result(DESIGNS)["first_launch"]:
+        rows.setdefault(row["part"], {})[row["tokens"]] = row["us"]
+    lengths = sorted({tokens for found in rows.values() for tokens in found})
+    lines = ["| first launch | " + " | ".join(f"{n // 1024}k, µs" for n in lengths) + " |", "|---|--:|--:|"]
+    lines += [f"| {part} | " + " | ".join(f"{found[n]:.1f}" for n in lengths) + " |" for part, found in rows.items()]
+    return "\n".join(lines)
 
 
 def bounds() -> str:

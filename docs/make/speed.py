@@ -18,8 +18,8 @@ from flexnsa.engines import FLASH_HEAD_DIMS
 
 ROWS = (draw_times, draw_ratios, draw_stages)
 MISSING = "\n\nNot in this run: "
-WITH, WITHOUT = "flexnsa-eager", "flexnsa-triton-eager"
-SHOWN = (WITH, "flexnsa", WITHOUT, "cudnn", "fa2", "fla-nsa", "flex-dense")
+WITH, WITHOUT, COMPILED = "flexnsa-eager", "flexnsa-triton-eager", "flexnsa"
+SHOWN = (WITH, COMPILED, WITHOUT, "cudnn", "fa2", "fla-nsa", "flex-dense")
 """Engines in the pictures."""
 
 
@@ -53,6 +53,22 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         if "note" in row:
             found.setdefault(row["note"], []).append(f"{row['engine']} at {row['tokens']:,}")
     return {note: ", ".join(names) for note, names in found.items()}
+
+
+def again() -> str:
+    """Ratios against dense attention of the run after, case by case, the compiled function's where it was timed."""
+    rows = recorded.result("speed/h200-again")["rows"]
+    found = []
+    for case in report.case_names(rows):
+        by_length = {(row["tokens"], row["engine"]): row for row in report.whole(rows, case)}
+        for tokens in sorted({tokens for tokens, _ in by_length}):
+            row = by_length.get((tokens, COMPILED)) or by_length[tokens, WITH]
+            both = [report.ratio(rows, row, direction) for direction in report.DIRECTIONS]
+            if None not in both:
+                found.append(
+                    f"{' and '.join(f'{x:.2f}' for x in both)} at {tokens:,} tokens (`{row['engine']}`, `{case}`)"
+                )
+    return "; ".join(found) + "."
 
 
 def stages() -> str:
@@ -145,7 +161,7 @@ def overview() -> Figure:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
-    f"speed {make.__name__}": make for make in (where, times, stages, growth, sharing, memory, flash)
+    f"speed {make.__name__}": make for make in (where, times, again, stages, growth, sharing, memory, flash)
 }
 PICTURES: Mapping[str, Callable[[], Figure]] = {"speed-h200": picture}
 
