@@ -553,6 +553,7 @@ GPU_SHAPES = {
     "odd": Shape(NSAConfig(48, 16, 96, 5, 0, 1, 77), (1111, 96, 47), hk=1, group=24, d=128, dv=128, pages=(1, 2, 1)),
     "two parts": Shape(PAPER, tuple(range(500, 5300, 300)), hk=4, group=16, d=128, dv=128, pages=(16, 1, 1)),
     "many lanes": Shape(PAPER, tuple(range(100, 2100, 37)), hk=4, group=16, d=128, dv=128, pages=(16, 1, 1)),
+    "several tiles": Shape(PAPER, (70_000,), hk=4, group=16, d=32, dv=32, pages=(16, 1, 1), dtype=torch.float32),
 }  # fmt: skip
 
 
