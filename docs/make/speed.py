@@ -144,6 +144,8 @@ def picture() -> Figure:
     for line, draw in zip(sheet.subplots(3, 2), ROWS, strict=True):
         for axes, direction in zip(line, report.DIRECTIONS, strict=True):
             draw(axes, shown(), measured()[0], direction)
+    for axes in sheet.axes[:2]:
+        axes.get_legend().remove()  # the colours are those of the line below
     for axes in sheet.axes[2:4]:
         axes.set(ylabel="dense attention's time / time")
     for axes in sheet.axes[-2:]:
