@@ -19,6 +19,7 @@ Compressor = Callable[..., tuple[Tensor, Tensor]]
 
 
 Mark = Callable[[Tensor], Tensor]
+"""Makes NaN of pooled blocks that hold what is not finite."""
 
 
 def compress(

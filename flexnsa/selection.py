@@ -65,11 +65,9 @@ def select_blocks(
     mods, most = score_mod is not None, config.num_selected
     choice = engines.choose(impl, "selection", q, k_cmp, mods=mods, mask_mod=mask_mod, num_selected=most)
     if choice.engine == "triton":
-        from flexnsa.kernels.launch import is_watched  # imports triton
-        from flexnsa.kernels.scoring import choose_blocks
-        from flexnsa.kernels.scoring import select_blocks as watched
+        from flexnsa.kernels.scoring import select_blocks as kernel  # imports triton
 
-        indices = (watched if is_watched(q, k_cmp) else choose_blocks)(
+        indices = kernel(
             q,
             k_cmp,
             lse,

@@ -70,7 +70,7 @@ def times_table(rows: Sequence[Row], case: str) -> str:
         shares = " / ".join(_number(row.get(f"{direction}_share_of_ceiling"), ".0%") for direction in DIRECTIONS)
         times = [_timing(row, direction) for direction in DIRECTIONS]
         memory = [_number(row.get(f"{name}_gib"), ".1f") for name in ("held", "peak")]
-        cells = [row["engine"] + ("*" if "note" in row else ""), f"{row['tokens']:,}", *times, *ratios, *memory, shares]
+        cells = [row["engine"], f"{row['tokens']:,}", *times, *ratios, *memory, shares]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -47,10 +47,10 @@ def designs() -> str:
     lines.append("|---" + "|--:" * 2 * len(lengths) + "|")
     for name, found in sorted(rows.items(), key=lambda item: item[1][lengths[-1]]["us"]):
         later = any("run" in row for row in found.values())
-        bold = "**" if name.endswith(CHOSEN) else "*" if later else ""
-        cells = [bold + name.removesuffix(CHOSEN) + bold]
+        mark = "**" if name.endswith(CHOSEN) else "*" if later else ""
+        cells = [mark + name.removesuffix(CHOSEN) + mark]
         for row in (found[n] for n in lengths):
-            cells += [f"{bold}{row['us']:.1f}{bold}", f"{row['in_cache_us']:.1f}" if "in_cache_us" in row else ""]
+            cells += [f"{mark}{row['us']:.1f}{mark}", f"{row['in_cache_us']:.1f}" if "in_cache_us" in row else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + f"\n\n{recorded.where(recorded.result(DESIGNS))}."
 

@@ -42,17 +42,7 @@ def times() -> str:
     rows = result()["rows"]
     parts = [f"**{case}**\n\n{report.times_table(rows, case)}" for case in measured()]
     missing = "; ".join(f"{row['case']} by {row['engine']} ({row['missing']})" for row in rows if "missing" in row)
-    told = "".join(f"\n\n\\* {name}: {note}." for note, name in _notes(rows).items())
-    return "\n\n".join(parts) + told + (MISSING + missing + "." if missing else "")
-
-
-def _notes(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The rows that have a note, by their note."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        if "note" in row:
-            found.setdefault(row["note"], []).append(f"{row['engine']} at {row['tokens']:,}")
-    return {note: ", ".join(names) for note, names in found.items()}
+    return "\n\n".join(parts) + (MISSING + missing + "." if missing else "")
 
 
 def again() -> str:
@@ -60,15 +50,21 @@ def again() -> str:
     rows = recorded.result("speed/h200-again")["rows"]
     found = []
     for case in report.case_names(rows):
-        by_length = {(row["tokens"], row["engine"]): row for row in report.whole(rows, case)}
-        for tokens in sorted({tokens for tokens, _ in by_length}):
-            row = by_length.get((tokens, COMPILED)) or by_length[tokens, WITH]
+        for tokens, by_engine in _by_length(rows, case):
+            row = by_engine.get(COMPILED) or by_engine[WITH]
             both = [report.ratio(rows, row, direction) for direction in report.DIRECTIONS]
             if None not in both:
-                found.append(
-                    f"{' and '.join(f'{x:.2f}' for x in both)} at {tokens:,} tokens (`{row['engine']}`, `{case}`)"
-                )
+                ratios = " and ".join(f"{x:.2f}" for x in both)
+                found.append(f"{ratios} at {tokens:,} tokens (`{row['engine']}`, `{case}`)")
     return "; ".join(found) + "."
+
+
+def _by_length(rows: Sequence[report.Row], case: str) -> list[tuple[int, dict[str, report.Row]]]:
+    """The rows of a case's whole calls: for each length, by their engine."""
+    found: dict[int, dict[str, report.Row]] = {}
+    for row in report.whole(rows, case):
+        found.setdefault(row["tokens"], {})[row["engine"]] = row
+    return sorted(found.items())
 
 
 def stages() -> str:
@@ -101,24 +97,19 @@ def growth() -> str:
 
 def flash() -> str:
     """Whole calls with flash-attn-4's kernels and without them, of the cases that they take."""
-    rows = {(row["case"], row["tokens"], row["engine"]): row for row in result()["rows"] if row["stage"] == "whole"}
+    rows = result()["rows"]
     lines = [
         "| case | tokens | with it: ms forward / backward | without | gain | peak GiB with it | without |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for (case, tokens, engine), row in sorted(rows.items()):
-        other = rows.get((case, tokens, WITHOUT))
-        if (
-            engine == WITH
-            and other is not None
-            and "forward_ms" in row
-            and "forward_ms" in other
-            and _flash_takes(case)
-        ):
-            both = [f"{x['forward_ms']:.2f} / {x['backward_ms']:.2f}" for x in (row, other)]
-            gain = " / ".join(f"{other[key] / row[key]:.2f}" for key in ("forward_ms", "backward_ms"))
-            peaks = [f"{x['peak_gib']:.1f}" for x in (row, other)]
-            lines.append(f"| {' | '.join((case, f'{tokens:,}', *both, gain, *peaks))} |")
+    for case in filter(_flash_takes, measured()):
+        for tokens, by_engine in _by_length(rows, case):
+            if {WITH, WITHOUT} <= by_engine.keys():
+                pair = by_engine[WITH], by_engine[WITHOUT]
+                times = [f"{row['forward_ms']:.2f} / {row['backward_ms']:.2f}" for row in pair]
+                gain = " / ".join(f"{pair[1][key] / pair[0][key]:.2f}" for key in ("forward_ms", "backward_ms"))
+                peaks = [f"{row['peak_gib']:.1f}" for row in pair]
+                lines.append(f"| {' | '.join((case, f'{tokens:,}', *times, gain, *peaks))} |")
     return "\n".join(lines)
 
 

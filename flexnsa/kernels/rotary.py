@@ -60,14 +60,15 @@ def turn(x: Tensor, positions: Tensor | range, frequency: Tensor, *, back: bool 
     """
     b, h, t, d = x.shape
     out = torch.empty(b, h, t, d, dtype=x.dtype, device=x.device)
-    steps = isinstance(positions, range)
-    places = (positions.start, positions.step) if isinstance(positions, range) else (0, 0)
-    table = frequency if isinstance(positions, range) else positions
-    strides = (0, 0) if steps else (0 if table.shape[0] == 1 else table.stride(0), table.stride(1))
+    if isinstance(positions, range):
+        table, strides, places = frequency, (0, 0), (positions.start, positions.step)
+    else:
+        table, places = positions, (0, 0)
+        strides = (0 if table.shape[0] == 1 else table.stride(0), table.stride(1))
     with torch.cuda.device_of(out):
         turn_pairs[(ceil_div(t, TOKENS), ceil_div(h, HEADS), b)](
             x, table, frequency, out, *x.stride()[:3], *strides, *out.stride()[:3], h, t, *places,
-            HALF=d // 2, PAD=next_power(d // 2), TOKENS=TOKENS, HEADS=HEADS, STEPS=steps, BACK=back,
-            num_warps=4, enable_fp_fusion=False,
+            HALF=d // 2, PAD=next_power(d // 2), TOKENS=TOKENS, HEADS=HEADS, STEPS=isinstance(positions, range),
+            BACK=back, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ begin in a block are taken one residue at a time (rows j * ratio + residue for a
 overlap sum into scalar weights: nothing is exchanged between rows except, for l > stride, one shift by a block.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
 from flexnsa.kernels.configs import shared_memory
-from flexnsa.kernels.launch import Kernel, ceil_div, computable, next_power
+from flexnsa.kernels.launch import Kernel, ceil_div, computable, is_watched, next_power
 from flexnsa.kernels.topn import Table, hidden_count, split_tile, top_blocks, touched_blocks, visible_count
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -269,8 +269,15 @@ def choose_blocks(
     return indices
 
 
-select_blocks = torch.library.custom_op("flexnsa::select_blocks", choose_blocks, mutates_args=())
+_select_blocks = torch.library.custom_op("flexnsa::select_blocks", choose_blocks, mutates_args=())
 """``choose_blocks`` as an opaque operator: compiles without a graph break, and counts its FLOPs."""
+
+
+def select_blocks(q: torch.Tensor, k_cmp: torch.Tensor, *others: Any, **geometry: Any) -> torch.Tensor:
+    """``choose_blocks``, by its operator where someone watches."""
+    run = _select_blocks if is_watched(q, k_cmp) else choose_blocks
+    indices: torch.Tensor = run(q, k_cmp, *others, **geometry)
+    return indices
 
 
 def _score_blocks(
@@ -304,7 +311,7 @@ def _score_blocks(
     )  # fmt: skip
 
 
-@select_blocks.register_fake
+@_select_blocks.register_fake
 def _(
     q: torch.Tensor,
     k_cmp: torch.Tensor,

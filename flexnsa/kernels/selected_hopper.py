@@ -26,8 +26,11 @@ PART = gl.constexpr(16)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
-RING = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
 """How half of a block lies in shared memory."""
+
+LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+"""How 64 rows of half the dims lie in registers where they come from memory or go there."""
 
 # Triton 3.6 and later versions name these differently.
 _barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -145,7 +148,6 @@ def _visit_common(
 ):  # fmt: skip
     """All rows visit each common block: its softmax is taken while the last one's weights meet their values."""
     layout: gl.constexpr = acc0.type.layout
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     member = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) // HEADS
     last_seen = gl.load(seen + member, mask=member < present, other=-1)
     limit = _last(seen, present) + 1
@@ -163,7 +165,7 @@ def _visit_common(
         mbarrier.wait(k_full.index(after), (step + 1) // SLOTS & 1)
         under_way = _multiply(q0, q1, k0, k1, after, zero)
         if step >= wholes:
-            _clear(v0, v1, slot, gl.load(base + step), limit, lines)
+            _clear(v0, v1, slot, gl.load(base + step), limit, LINES)
         sum0 = hopper.warpgroup_mma(weights, v0.index(slot).reshape((BLOCK, HALF)), acc0, is_async=True)
         sum1 = hopper.warpgroup_mma(weights, v1.index(slot).reshape((BLOCK, HALF)), acc1, is_async=True)
         scores = hopper.warpgroup_mma_wait(2, deps=(under_way,))
@@ -183,7 +185,7 @@ def _visit_common(
     end = blocks - 1
     last_slot = end % SLOTS
     if end >= wholes:
-        _clear(v0, v1, last_slot, gl.load(base + end), limit, lines)
+        _clear(v0, v1, last_slot, gl.load(base + end), limit, LINES)
     sum0 = hopper.warpgroup_mma(weights, v0.index(last_slot).reshape((BLOCK, HALF)), acc0, is_async=True)
     sum1 = hopper.warpgroup_mma(weights, v1.index(last_slot).reshape((BLOCK, HALF)), acc1, is_async=True)
     acc0, acc1, weights = hopper.warpgroup_mma_wait(0, deps=(sum0, sum1, weights))
@@ -243,14 +245,13 @@ def _finish(out, lse, lane, first, present, tq, top, total, acc0, acc1, scale_lo
     gl.store(lse + place, value, mask=(member < present) & (head >= 0))
     acc0 = (acc0 * (1.0 / total).expand_dims(2)).to(out.dtype.element_ty)
     acc1 = (acc1 * (1.0 / total).expand_dims(2)).to(out.dtype.element_ty)
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, lines))
-    dim = gl.arange(0, HALF, layout=gl.SliceLayout(0, lines))
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LINES))
+    dim = gl.arange(0, HALF, layout=gl.SliceLayout(0, LINES))
     place = (lane * HEADS + row % HEADS).to(gl.int64) * tq + first + row // HEADS
     out_at = out + (place[:, None] * (2 * HALF) + dim[None, :])
     mask = (row // HEADS < present)[:, None] & (dim >= 0)[None, :]
-    gl.store(out_at, gl.convert_layout(acc0.reshape((ROWS, HALF)), lines), mask=mask)
-    gl.store(out_at + HALF, gl.convert_layout(acc1.reshape((ROWS, HALF)), lines), mask=mask)
+    gl.store(out_at, gl.convert_layout(acc0.reshape((ROWS, HALF)), LINES), mask=mask)
+    gl.store(out_at + HALF, gl.convert_layout(acc1.reshape((ROWS, HALF)), LINES), mask=mask)
 
 
 @gluon.jit
@@ -259,11 +260,10 @@ def _consume(
     present, stride_qh, stride_qt, lane, first, tq, scale, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Go through what the ring brings, and write what comes of it."""
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     by_query: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, lines))
-    dim = gl.arange(0, HALF, layout=gl.SliceLayout(0, lines))
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LINES))
+    dim = gl.arange(0, HALF, layout=gl.SliceLayout(0, LINES))
     q_at = gl.minimum(first + row // HEADS, tq - 1).to(gl.int64) * stride_qt + (row % HEADS).to(gl.int64) * stride_qh
     q_at = q + (q_at[:, None] + dim[None, :])
     q0, q1 = gl.load(q_at), gl.load(q_at + HALF)
@@ -315,12 +315,11 @@ def fetched_attention(
     rest += query_at * N
     seen += query_at
     q += batch.to(gl.int64) * stride_qb + head.to(gl.int64) * HEADS * stride_qh
-    ring: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
-    k0 = gl.allocate_shared_memory(q.dtype.element_ty, (SLOTS, 1, 1, BLOCK, HALF), ring)
-    k1 = gl.allocate_shared_memory(q.dtype.element_ty, (SLOTS, 1, 1, BLOCK, HALF), ring)
-    v0 = gl.allocate_shared_memory(q.dtype.element_ty, (SLOTS, 1, 1, BLOCK, HALF), ring)
-    v1 = gl.allocate_shared_memory(q.dtype.element_ty, (SLOTS, 1, 1, BLOCK, HALF), ring)
+    k0 = gl.allocate_shared_memory(q.dtype.element_ty, (SLOTS, 1, 1, BLOCK, HALF), RING)
+    k1 = gl.allocate_shared_memory(q.dtype.element_ty, (SLOTS, 1, 1, BLOCK, HALF), RING)
+    v0 = gl.allocate_shared_memory(q.dtype.element_ty, (SLOTS, 1, 1, BLOCK, HALF), RING)
+    v1 = gl.allocate_shared_memory(q.dtype.element_ty, (SLOTS, 1, 1, BLOCK, HALF), RING)
     k_full = gl.allocate_shared_memory(gl.int64, (SLOTS, 1), bars)
     v_full = gl.allocate_shared_memory(gl.int64, (SLOTS, 1), bars)
     k_free = gl.allocate_shared_memory(gl.int64, (SLOTS, 1), bars)
@@ -348,7 +347,7 @@ def fetched_attention(
 def copies(k: Tensor, v: Tensor) -> list[TensorDescriptor]:
     """What the copy engine needs to know of keys and values: to bring half of a block's, or of a part's, at a time."""
     return [
-        TensorDescriptor(x, x.shape, x.stride(), [1, 1, tokens.value, HALF.value], RING)
+        TensorDescriptor(x, x.shape, x.stride(), [1, 1, tokens.value, HALF.value], RING.value)
         for tokens in (BLOCK, PART)
         for x in (k, v)
     ]
