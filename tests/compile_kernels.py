@@ -181,6 +181,8 @@ PRODUCTS = (
     "query_gradients",
     "attend_static",
     "attend_selected",
+    "score_compressed",
+    "use_scores",
     "attend_chosen",
 )
 """The kernels with matrix products: those that take much shared memory, and long to compile."""

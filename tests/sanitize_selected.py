@@ -47,8 +47,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 KERNELS = {
     "_score", "_top_blocks", "_locate", "_divide", "_pair_keys", "_tabulate", "tile_attention", "query_attention",
     "pair_attention", "merge_pairs", "row_statistics", "pair_gradients", "sum_split_bins", "settle", "sum_query_pairs",
-    "tile_gradients", "query_gradients", "attend_static", "attend_chosen", "select", "attend_selected", "add_selected",
-    "_store",
+    "tile_gradients", "query_gradients", "score_compressed", "use_scores", "attend_chosen", "merge_branches",
+    "attend_static", "select", "attend_selected", "add_selected", "_store",
 }  # fmt: skip
 if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9:
     KERNELS.add("fetched_attention")

@@ -33,7 +33,7 @@ def compile_everywhere(every: bool, operators: list[str], *lists: list) -> set[s
         ("attend", 90, [128, 128], 16, {"fetched_attention", "tile_attention", "query_attention"}),
         ("attend", 80, [128, 128], 4, {"tile_attention", "pair_attention", "pair_gradients"}),
         ("select", 90, [128, 128], 16, {"_score"}),
-        ("step", 100, [128, 128], 16, {"attend_static", "attend_selected", "attend_chosen"}),
+        ("step", 100, [128, 128], 16, {"attend_static", "attend_selected", "use_scores", "attend_chosen"}),
     ],
 )
 def test_kernels_compile_and_fit(operator, capability, dims, group, kernels):

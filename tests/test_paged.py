@@ -336,7 +336,7 @@ DIVISIONS = {
     "merged by a launch": {"split": True, "FEW_PARTS": 1},
     "each chooses": {"split": True, "FEW_LANES": 1000},
     "one chooses and attends": {"split": False, "FEW_LANES": 1000},
-    "each chooses, two heads at a time": {"split": True, "FEW_LANES": 1000, "READ": 64},
+    "each chooses, two heads at a time": {"split": True, "FEW_LANES": 1000, "SUMMED": 64},
 }
 """How a step's work is divided over programs."""
 
@@ -350,9 +350,9 @@ def test_triton_equals_reference(name: str, division: str, monkeypatch):
     def small(*args):
         found = plan(*args)
         if not split:
-            return found._replace(compressed=1, window=1, selected=1, rows=2)
+            return found._replace(compressed=1, values=1, window=1, selected=1, rows=2)
         parts = min(found.compressed, 2), min(found.window, 2), min(args[2].num_selected, 2)
-        return found._replace(compressed=parts[0], window=parts[1], selected=parts[2], rows=2)
+        return found._replace(compressed=parts[0], values=1, window=parts[1], selected=parts[2], rows=2)
 
     monkeypatch.setattr(decode, "plan_step", small)
     for limit, value in limits.items():

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flexnsa.config import NSAConfig
 from flexnsa.kernels.configs import generation, padded, shared_memory
-from flexnsa.kernels.decode_chosen import attend_chosen
+from flexnsa.kernels.decode_chosen import attend_chosen, merge_branches
+from flexnsa.kernels.decode_scores import score_compressed, use_scores
 from flexnsa.kernels.decode_selected import add_selected, attend_selected, select
 from flexnsa.kernels.decode_static import attend_static
 from flexnsa.kernels.launch import computable
@@ -24,17 +25,14 @@ FEW_LANES = 16
 """Lanes that leave so much of a device idle that every program of the selected branch chooses for itself."""
 
 MOST_BLOCKS = 2048
-"""Blocks among which it does, for it reads every head's share of each and holds a score and a page in registers."""
+"""Blocks among which it does, for it holds an importance and a page of each in registers."""
 
-MOST_SUMMED = 16384
-"""Blocks of all lanes together up to which it pays that all programs of a lane sum the same importances."""
-
-READ = 32768
-"""Numbers of importance that such a program reads at a time, all in registers."""
+SUMMED = 8192
+"""Scores that such a step's program sums at a time, all in registers."""
 
 SUMS: dict[str, Any] = {"enable_fp_fusion": False}
-"""How kernels are compiled that sum importances: a product is rounded before it is added, in every block alike. Fused
-additions would round those blocks once that are not joined of two tiles, and ties would be none."""
+"""How a kernel is compiled that sums shares of tiles: a product is rounded before it is added, in every block alike.
+Fused additions would round those blocks once that are not joined of two tiles, and ties would be none."""
 
 MANY_LANES = 64
 """Lanes that keep a large device busy with little dividing: programs that start early only stand in the way there."""
@@ -67,10 +65,11 @@ class Plan(NamedTuple):
         blocks: selection blocks whose compressed tokens are a tile.
         keys: raw tokens of a tile.
         stages: tiles in flight and the one that is worked on.
-        run: tiles of compressed tokens whose shares in the importance a program sums over the heads.
-        compressed: programs that share a lane's compressed tokens.
+        run: selection blocks whose importances a program sums over the heads.
+        compressed: programs that share a lane's compressed tokens; their keys, where values are read apart.
+        values: programs that share a lane's compressed values: each those that some programs scored.
         window: programs that share a lane's window.
-        alone: whether each of those that share the selected blocks chooses them for itself.
+        alone: whether each of those that share the selected blocks chooses them for itself; then values are read apart.
         selected: programs that share a lane's selected blocks; up to ``FEW_PARTS`` write the output themselves, unless
             they choose.
         rows: heads that a program merges.
@@ -81,6 +80,7 @@ class Plan(NamedTuple):
     stages: int
     run: int
     compressed: int
+    values: int
     window: int
     alone: bool
     selected: int
@@ -100,17 +100,24 @@ def plan_step(lanes: int, blocks: int, config: NSAConfig, row_bytes: int, group:
     residues = _power(config.select_block // config.compress_stride)
     tile = max(1, widest // residues, 16 // residues)
     keys = min(widest, padded(config.select_block))
-    compressed = min(_filling(lanes), triton.cdiv(blocks, tile), 32)
+    scores, tiles = _scores(blocks, config), triton.cdiv(blocks, tile)
     window = max(1, min(256 // lanes, config.window // keys, 16))
-    scores = _scores(blocks, config)
-    alone = lanes <= FEW_LANES and scores <= MOST_BLOCKS and lanes * scores <= MOST_SUMMED
-    # Those that choose have a multiprocessor each, or two at most share one: all of them read every importance.
-    selected = min(max(8, 64 // lanes) if alone else max(1, 128 // lanes), config.num_selected)
+    alone = lanes <= FEW_LANES and scores <= MOST_BLOCKS
+    if alone:
+        # Two programs a multiprocessor read keys. Afterwards those that choose are to have one to themselves: few
+        # others, each with much to do, which nobody waits for.
+        compressed = min(_floor(256 // lanes), 64, _power(tiles))
+        values = min(compressed, max(_floor(64 // lanes), _power(triton.cdiv(tiles, 8))))
+        window, selected = min(window, 4), max(8, 64 // lanes)
+        run = min(max(32, _power(lanes * blocks // 64)), max(1, SUMMED // residues // padded(group)))
+    else:
+        compressed = values = min(_filling(lanes), tiles, 32)
+        selected = max(1, 128 // lanes)
+        run = tile * max(1, min(32, (512 if lanes < MANY_LANES else 4096) // padded(group) // tile))
+    selected = min(selected, config.num_selected)
     least = 2 if alone and lanes >= 8 else 1
     rows = min(_power(group), max(least, 16 // _power(max(compressed, window, selected))))
-    shares = 512 if lanes < MANY_LANES else 4096
-    run = max(1, min(32, shares // padded(group) // tile))
-    return Plan(tile, keys, stages, run, compressed, window, alone, selected, rows)
+    return Plan(tile, keys, stages, run, compressed, values, window, alone, selected, rows)
 
 
 def _scores(blocks: int, config: NSAConfig) -> int:
@@ -230,52 +237,57 @@ def run_step(
     row_bytes = (padded(d) + padded(dv)) * q.element_size()
     plan = plan_step(lanes, blocks, config, row_bytes, group, shared_memory(q.device))
     residues = _power(config.select_block // config.compress_stride)
-    tiles, runs, rows = (
-        triton.cdiv(*x) for x in ((blocks, plan.blocks), (blocks, plan.run * plan.blocks), (group, plan.rows))
-    )
+    tiles, runs, rows = (triton.cdiv(*x) for x in ((blocks, plan.blocks), (blocks, plan.run), (group, plan.rows)))
     pitch, tiles_pitch = (triton.cdiv(x, 16) * 16 for x in (tiles * plan.blocks, tiles))
-    size = _scores(blocks, config)
-    merges = plan.selected <= FEW_PARTS and not plan.alone
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(lanes, *shape, dtype=dtype, device=q.device)
 
     arguments: dict[str, Any] = {
         "q": q, "lengths": lengths, "gates": gates, "out": out, "scale_log2": scale * LOG2E.value,
-        "indices": scratch(config.num_selected, dtype=torch.int32), "arrived": scratch(dtype=torch.int32),
-        "mixed": scratch(group, dv), "sums": scratch(pitch), "shares": scratch(group, pitch), "pitch": pitch,
-        "tiles_pitch": tiles_pitch, "heads": heads, "capacity": layout.capacity, "BEHIND": layout.behind,
-        "WIN_RING": layout.ring, "imp_programs": runs, "G": group, "HEADS": padded(group), "D": d, "DV": dv,
-        "D_PAD": padded(d), "DV_PAD": padded(dv), "BLOCKS": plan.blocks, "RESIDUES": residues, "KEYS": plan.keys,
-        "N": slots, "S": size, "TILES": plan.run, "ALL_TILES": triton.cdiv(size, plan.blocks),
-        "WIN_BLOCKS": _power(triton.cdiv(config.window - 1, config.select_block) + 1), "MERGES": merges,
-        "ROWS": plan.rows, "STAGES": plan.stages, "OWN": _own(config, plan), "SLC_STAGES": min(plan.stages, 2),
-        "CHUNK": min(padded(group), max(1, READ // size)) if plan.alone else padded(group),
+        "indices": scratch(config.num_selected, dtype=torch.int32), "sums": scratch(pitch), "pitch": pitch,
+        "heads": heads, "capacity": layout.capacity, "BEHIND": layout.behind, "WIN_RING": layout.ring, "G": group,
+        "HEADS": padded(group), "D": d, "DV": dv, "D_PAD": padded(d), "DV_PAD": padded(dv), "BLOCKS": plan.blocks,
+        "RESIDUES": residues, "KEYS": plan.keys, "N": slots, "S": _scores(blocks, config), "imp_programs": runs,
+        "WIN_BLOCKS": _power(triton.cdiv(config.window - 1, config.select_block) + 1),
+        "ROWS": plan.rows, "STAGES": plan.stages,
         # Compressed keys wait for their page's number, which is therefore looked up as much earlier.
         "LATER_STAGES": 2 * plan.stages - 1, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         # Programs of a launch can start before the launch before it has ended.
         "EARLY": lanes < MANY_LANES and q.device.type == "cuda" and generation(q.device) >= 9,
     }  # fmt: skip
-    edges = ("ends", "befores", "afters", "tile_peaks", "next_peaks")
-    arguments |= {name: scratch(group, tiles_pitch) for name in edges}
     arguments |= {name.upper(): value for name, value in asdict(config).items()}
     arguments |= _strides("q", q, "batch head _ dim") | _strides("out", out, "batch head _ dim")
     arguments |= _strides("gate", gates, "batch head _ branch")
-    for name, programs in (("cmp", plan.compressed), ("win", plan.window), ("slc", plan.selected)):
+    parts = {"cmp": plan.compressed, "val": plan.values, "win": plan.window, "slc": plan.selected}
+    for name, programs in parts.items():
         arguments |= {f"{name}_programs": programs, f"{name.upper()}_MOST": _power(programs)}
         arguments |= {f"{name}_{of}": scratch(group, programs) for of in ("peaks", "totals")}
-        arguments[f"{name}_part"] = scratch(group, programs, dv)
+    for name in ("val" if plan.alone else "cmp", "win", "slc"):
+        arguments[f"{name}_part"] = scratch(group, parts[name], dv)
 
     compressed, selected, window = (_reading(part, layout.ring > 0) for part in pages)
-    static = compressed | {_windowed(name): value for name, value in window.items()}
-    _launch(attend_static, (lanes, plan.compressed + plan.window), arguments | static, first=True)
+    window = _prefixed("win", window)
     if plan.alone:
-        _launch(attend_chosen, (plan.selected + rows, lanes), arguments | selected, num_warps=8, **SUMS)
+        width, columns = tiles * plan.blocks * residues, min(padded(dv), 32)
+        arguments |= {"scores": scratch(group, width), "scores_pitch": width, "summed": scratch(dtype=torch.int32)}
+        arguments |= {"RUN": plan.run, "OWN": _own(config, plan), "SLC_STAGES": min(plan.stages, 2), "COLUMNS": columns}
+        _launch(score_compressed, (lanes, plan.compressed), arguments | compressed, first=True)
+        _launch(use_scores, (plan.values + runs + plan.window, lanes), arguments | compressed | window)
+        _launch(attend_chosen, (plan.selected, lanes), arguments | selected, num_warps=8)
+        _launch(merge_branches, (rows * (padded(dv) // columns), lanes), arguments, num_warps=1)
     else:
+        merges = plan.selected <= FEW_PARTS
+        arguments |= {"shares": scratch(group, pitch), "tiles_pitch": tiles_pitch}
+        arguments |= {"arrived": scratch(dtype=torch.int32), "mixed": scratch(group, dv), "MERGES": merges}
+        arguments |= {"TILES": plan.run // plan.blocks, "CHUNK": padded(group)}
+        edges = ("ends", "befores", "afters", "tile_peaks", "next_peaks")
+        arguments |= {name: scratch(group, tiles_pitch) for name in edges}
+        _launch(attend_static, (lanes, plan.compressed + plan.window), arguments | compressed | window, first=True)
         _launch(select, (lanes, runs + rows), arguments, **SUMS)
         _launch(attend_selected, (plan.selected, lanes), arguments | selected)
-    if not merges:
-        _launch(add_selected, (rows, lanes), arguments)
+        if not merges:
+            _launch(add_selected, (rows, lanes), arguments)
     return arguments["indices"].view(batch, heads, 1, -1)
 
 
@@ -302,8 +314,9 @@ def _reading(pages: Pages, whole: bool) -> dict[str, Any]:
     return found | _strides("k", k, axes) | _strides("v", v, axes) | {"PAGE": WHOLE_ROW if whole else k.shape[2]}
 
 
-def _windowed(name: str) -> str:
-    return f"WIN_{name}" if name.isupper() else f"win_{name}"
+def _prefixed(prefix: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the names that they have in a kernel that reads several branches."""
+    return {f"{prefix.upper() if name.isupper() else prefix}_{name}": value for name, value in arguments.items()}
 
 
 def _strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
@@ -311,4 +324,10 @@ def _strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
 
 
 def _power(x: int) -> int:
-    return triton.next_power_of_2(x)
+    """The least power of two from ``x`` on; 1 for 0."""
+    return triton.next_power_of_2(max(x, 1))
+
+
+def _floor(x: int) -> int:
+    """The largest power of two up to ``x``; 1 for 0."""
+    return _power(x + 1) // 2 if x else 1

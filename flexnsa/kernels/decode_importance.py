@@ -11,6 +11,30 @@ from flexnsa.kernels.decode_parts import NOTHING, load_totals, power_of_two, sof
 
 
 @triton.jit
+def by_block(weights, RESIDUES: tl.constexpr, OVERLAP: tl.constexpr):
+    """What tokens that end in a block [rows, blocks, RESIDUES] add to its importance, and to that of the one before."""
+    # Tokens that a compressed token shares with the block in which it ends, in strides.
+    own = tl.minimum(tl.arange(0, RESIDUES)[None, None, :] + 1, OVERLAP)
+    if OVERLAP == 2:
+        here = tl.sum(tl.where(own == 2, weights * 2, 0.0), axis=2)
+        before = tl.sum(tl.where(own == 1, weights, 0.0), axis=2)
+    else:
+        here = tl.sum(weights * own.to(tl.float32), axis=2)
+        before = tl.sum(weights * (OVERLAP - own).to(tl.float32), axis=2)
+    return here, before
+
+
+@triton.jit
+def joined(here, after, before, OVERLAP: tl.constexpr):
+    """A block's importance of its own tokens, those of the next block, and those that it adds to the one before."""
+    if OVERLAP == 2:
+        # The one token in two blocks counts once in each, and is added to both in the same way.
+        return here + (after + before)
+    else:
+        return here + after
+
+
+@triton.jit
 def store_shares(
     weights, peak, shares, ends, befores, afters, tile_peaks, next_peaks, lane_head, is_head, tile, pitch, tiles_pitch,
     HEADS: tl.constexpr, BLOCKS: tl.constexpr, RESIDUES: tl.constexpr, OVERLAP: tl.constexpr,
@@ -21,16 +45,8 @@ def store_shares(
     [lanes, G, tiles]: `ends`, of the tokens that end in it; `befores`, what those add to the block before it; `afters`,
     what the next tile adds, over 2 ** `next_peaks`, that tile's own.
     """
-    weights, residue = tl.reshape(weights, [HEADS, BLOCKS, RESIDUES]), tl.arange(0, RESIDUES)[None, None, :]
     column = tl.arange(0, BLOCKS)[None, :]
-    # Tokens that a compressed token shares with the block in which it ends, in strides.
-    own = tl.minimum(residue + 1, OVERLAP)
-    if OVERLAP == 2:
-        here = tl.sum(tl.where(own == 2, weights * 2, 0.0), axis=2)
-        before = tl.sum(tl.where(own == 1, weights, 0.0), axis=2)
-    else:
-        here = tl.sum(weights * own.to(tl.float32), axis=2)
-        before = tl.sum(weights * (OVERLAP - own).to(tl.float32), axis=2)
+    here, before = by_block(tl.reshape(weights, [HEADS, BLOCKS, RESIDUES]), RESIDUES, OVERLAP)
     at = lane_head * tiles_pitch + tile
     if OVERLAP > 1:
         last = tl.where((column == BLOCKS - 1) & is_head[:, None], 1, 0) > 0
@@ -42,19 +58,9 @@ def store_shares(
         tl.store(next_peaks + at - 1, peak, mask=tl.where(is_head, tile, 0) > 0)
         if BLOCKS > 1:
             index = tl.broadcast_to(tl.minimum(column + 1, BLOCKS - 1), [HEADS, BLOCKS])
-            here = _joined(here, tl.gather(before, index, 1), before, OVERLAP)
+            here = joined(here, tl.gather(before, index, 1), before, OVERLAP)
     tl.store(shares + lane_head[:, None] * pitch + tile * BLOCKS + column, here, mask=is_head[:, None])
     tl.store(tile_peaks + at, peak, mask=is_head)
-
-
-@triton.jit
-def _joined(here, after, before, OVERLAP: tl.constexpr):
-    """A block's importance of its own tokens, those of the next block, and those that it adds to the one before."""
-    if OVERLAP == 2:
-        # The one token in two blocks counts once in each, and is added to both in the same way.
-        return here + (after + before)
-    else:
-        return here + after
 
 
 @triton.jit
@@ -96,7 +102,7 @@ def importances(
             # The last block joins numbers of two tiles, over the larger of their peaks.
             common = tl.maximum(peak, next_peak)
             fade = power_of_two(peak - common)
-            end = _joined(end * fade, after * power_of_two(next_peak - common), before * fade, OVERLAP)
+            end = joined(end * fade, after * power_of_two(next_peak - common), before * fade, OVERLAP)
             end *= power_of_two(common - top) * inverse
             found = tl.where((column == BLOCKS - 1)[None, None, :], end[:, :, None], found)
         sums += tl.sum(found, axis=1)

@@ -10,6 +10,11 @@ import triton.language as tl
 NOTHING = tl.constexpr(-(2.0**100))  # a running maximum before anything was seen; finite, so that differences are
 UNSEEN = tl.constexpr(-(2.0**101))  # the score of what is not seen
 _MAGIC = tl.constexpr(1.5 * 2.0**23)  # floats from here on have no fraction
+NO_PAGE = tl.constexpr(-(2**31))  # what no table holds
+
+SIZES = ["capacity", "num_pages", "win_num_pages", "table_row", "win_table_row", "imp_programs", "cmp_programs",
+         "win_programs", "slc_programs"]  # fmt: skip
+"""Arguments on whose divisibility the decoding kernels are not specialized."""
 
 
 @triton.jit
@@ -69,14 +74,23 @@ def locate(table, slot, inside, num_pages, PAGE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pages, page, place, inside, by_page, by_place, by_dim, D: tl.constexpr, D_PAD: tl.constexpr):
-    """[rows, D_PAD] of some places in pages, 0 where not `inside` and past D."""
-    dim = tl.arange(0, D_PAD)
-    at = (page.to(tl.int64) * by_page + place * by_place)[:, None] + dim[None, :] * by_dim
+def rows_from(pages, within, by_place, by_dim, D_PAD: tl.constexpr):
+    """Pointers [rows, D_PAD] to some places of page 0, which a loop moves as a whole."""
+    return pages + within.to(tl.int64)[:, None] * by_place + tl.arange(0, D_PAD)[None, :] * by_dim
+
+
+@triton.jit
+def load_rows(rows, page, begin, inside, by_page, by_place, D: tl.constexpr, D_PAD: tl.constexpr):
+    """[rows, D_PAD] of `rows_from`, moved to a page and by `begin` places; 0 where not `inside` and past D.
+
+    The page is one for all rows or one for each; so is `begin`.
+    """
+    moved = page.to(tl.int64) * by_page + begin.to(tl.int64) * by_place
+    at = rows + moved if moved.numel == 1 else rows + moved[:, None]
     if D == D_PAD:
-        return tl.load(pages + at, mask=inside[:, None], other=0.0)
+        return tl.load(at, mask=inside[:, None], other=0.0)
     else:
-        return tl.load(pages + at, mask=inside[:, None] & (dim < D)[None, :], other=0.0)
+        return tl.load(at, mask=inside[:, None] & (tl.arange(0, D_PAD) < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -88,13 +102,61 @@ def load_queries(q, by_head, by_dim, G: tl.constexpr, HEADS: tl.constexpr, D: tl
 
 
 @triton.jit
+def tile_slots(RATIO: tl.constexpr, BLOCKS: tl.constexpr, RESIDUES: tl.constexpr):
+    """Slots of a tile's rows from its first on: a row is a block and a residue, the first RATIO of RESIDUES."""
+    row = tl.arange(0, BLOCKS * RESIDUES)
+    return (row // RESIDUES) * RATIO + row % RESIDUES
+
+
+@triton.jit
+def compressed_tile(
+    table, tile, count, num_pages, RATIO: tl.constexpr, OVERLAP: tl.constexpr, PAGE: tl.constexpr,
+    BEHIND: tl.constexpr, BLOCKS: tl.constexpr, RESIDUES: tl.constexpr,
+):  # fmt: skip
+    """(inside, page, begin, mapped) of a tile's compressed tokens: of those that end in BLOCKS adjacent blocks.
+
+    `inside` is which of the `count` tokens there are, `mapped` which of them have a page. A row's place in its page is
+    `begin` and its `tile_slots`, a token BEHIND places before its slot.
+    """
+    first, within = tile * (BLOCKS * RATIO), tile_slots(RATIO, BLOCKS, RESIDUES)
+    # Before the first token, as unsigned: past the last.
+    token = (first + within - (OVERLAP - 1)).to(tl.uint32)
+    inside = token < count.to(tl.uint32)
+    if RESIDUES != RATIO:
+        inside = inside & (tl.arange(0, BLOCKS * RESIDUES) % RESIDUES < RATIO)
+    if PAGE % (BLOCKS * RATIO) == 0:
+        page = tl.load(table + first // PAGE)
+        begin = first % PAGE - BEHIND
+        mapped = token < tl.where((page >= 0) & (page < num_pages), count, 0).to(tl.uint32)
+        if RESIDUES != RATIO:
+            mapped = mapped & inside
+    else:
+        page = locate(table, first + within, inside, num_pages, PAGE)
+        begin = (first + within) % PAGE - within - BEHIND
+        mapped = page >= 0
+    return inside, page, begin, mapped
+
+
+@triton.jit
+def scored(q, k, inside, scale_log2, PRECISION: tl.constexpr):
+    """Scores of some keys for the heads of a group, to base 2."""
+    score = tl.where(inside[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2, UNSEEN)
+    return tl.maximum(score, UNSEEN, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def weighed(score, whole, peak):
+    """2 ** (score - peak), given the floor of the score, and a whole peak."""
+    return tl.exp2(score - whole) * power_of_two(whole - peak)
+
+
+@triton.jit
 def attend(q, k, v, inside, scale_log2, peak, total, out, PRECISION: tl.constexpr):
     """One step of the running softmax: (weights over 2 ** peak, peak, total, out); total is summed at the end."""
-    score = tl.where(inside[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2, UNSEEN)
-    score = tl.maximum(score, UNSEEN, propagate_nan=tl.PropagateNan.ALL)
+    score = scored(q, k, inside, scale_log2, PRECISION)
     whole = tl.floor(score)
     new_peak = tl.maximum(peak, tl.max(whole, axis=1))
-    weights = tl.exp2(score - whole) * power_of_two(whole - new_peak[:, None])
+    weights = weighed(score, whole, new_peak[:, None])
     fade = power_of_two(peak - new_peak)[:, None]
     out = tl.dot(weights.to(v.dtype), v, out * fade, input_precision=PRECISION)
     return weights, new_peak, total * fade + weights, out
@@ -124,16 +186,18 @@ def attend_blocks(
     total = tl.zeros([HEADS, KEYS], tl.float32)
     out = tl.zeros([HEADS, DV_PAD], tl.float32)
     row = tl.arange(0, KEYS)
+    k_at = rows_from(k, row * 0 if RING > 0 else row, k_place, k_dim, D_PAD)
+    v_at = rows_from(v, row * 0 if RING > 0 else row, v_place, v_dim, DV_PAD)
     for item in tl.range(first, last, num_stages=STAGES):
         block = pick(blocks + 1, item // SUBS, COUNT) - 1
         page = pick(pages + 1, item // SUBS, COUNT) - 1
-        within = (item % SUBS) * KEYS + row
-        token = block * SELECT_BLOCK + within
+        start = (item % SUBS) * KEYS
+        within, token = start + row, block * SELECT_BLOCK + start + row
         inside = (within < tl.where(block >= 0, SELECT_BLOCK, 0)) & (token >= low) & (token < length)
         mapped = inside & (within < tl.where(page >= 0, SELECT_BLOCK, 0))
-        place = token % RING if RING > 0 else block * SELECT_BLOCK % PAGE + within
-        k_rows = load_rows(k, page, place, mapped, k_page, k_place, k_dim, D, D_PAD)
-        v_rows = load_rows(v, page, place, mapped, v_page, v_place, v_dim, DV, DV_PAD)
+        begin = token % RING if RING > 0 else block * SELECT_BLOCK % PAGE + start
+        k_rows = load_rows(k_at, page, begin, mapped, k_page, k_place, D, D_PAD)
+        v_rows = load_rows(v_at, page, begin, mapped, v_page, v_place, DV, DV_PAD)
         _, peak, total, out = attend(q_rows, k_rows, v_rows, inside, scale_log2, peak, total, out, PRECISION)
     return peak, tl.sum(total, axis=1), out
 
@@ -144,26 +208,67 @@ def store_part(
     G: tl.constexpr, HEADS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
     """Leave a program's running softmax: part [lanes, G, programs, DV], peaks and totals [lanes, G, programs]."""
-    head, dim = tl.arange(0, HEADS), tl.arange(0, DV_PAD)
+    head = tl.arange(0, HEADS)
     at = (lane * G + head) * programs + program
     tl.store(peaks + at, peak, mask=head < G)
     tl.store(totals + at, total, mask=head < G)
+    store_value(part, lane, program, programs, out, G, HEADS, DV, DV_PAD)
+
+
+@triton.jit
+def store_value(
+    part, lane, program, programs, out, G: tl.constexpr, HEADS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr
+):
+    """Leave a program's [HEADS, DV_PAD] in part [lanes, G, programs, DV]."""
+    head, dim = tl.arange(0, HEADS), tl.arange(0, DV_PAD)
+    at = (lane * G + head) * programs + program
     tl.store(part + at[:, None] * DV + dim[None, :], out, mask=(head < G)[:, None] & (dim < DV)[None, :])
 
 
 @triton.jit
-def load_totals(peaks, totals, at, inside, used, programs, MOST: tl.constexpr):
-    """(peaks, totals) [rows, MOST] of the parts of some rows (row `at` of lanes * G)."""
-    part = tl.arange(0, MOST)
-    mask = inside[:, None] & (part < used)[None, :]
-    peak = tl.load(peaks + at[:, None] * programs + part[None, :], mask=mask, other=NOTHING)
-    return peak, tl.load(totals + at[:, None] * programs + part[None, :], mask=mask, other=0.0)
+def attend_window(
+    q_rows, k, v, table, part, peaks, totals, lane, program, programs, length, scale_log2,
+    k_page, k_place, k_dim, v_page, v_place, v_dim, num_pages,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, BLOCKS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention to a program's part of the window, of at most BLOCKS blocks; `k`, `v` and `table` are the lane's."""
+    low = tl.maximum(length - WINDOW, 0)
+    first, last = share(window_tiles(length, WINDOW, SELECT_BLOCK, KEYS), programs, program)
+    if first < last:
+        blocks = low // SELECT_BLOCK + tl.arange(0, BLOCKS)
+        at = blocks * SELECT_BLOCK
+        found = locate(table, at, at < length, num_pages, PAGE)
+        peak, total, out = attend_blocks(
+            q_rows, k, v, blocks, found, first, last, low, length, scale_log2,
+            k_page, k_place, k_dim, v_page, v_place, v_dim,
+            BLOCKS, HEADS, D, DV, D_PAD, DV_PAD, SELECT_BLOCK, PAGE, RING, KEYS, STAGES, PRECISION,
+        )  # fmt: skip
+        store_part(part, peaks, totals, lane, program, programs, peak, total, out, G, HEADS, DV, DV_PAD)
 
 
 @triton.jit
-def load_values(part, at, inside, used, programs, MOST: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr):
-    """[rows, MOST, DV_PAD] of the parts of some rows."""
-    index, dim = tl.arange(0, MOST), tl.arange(0, DV_PAD)
+def load_peaks(peaks, at, inside, used, programs, MOST: tl.constexpr):
+    """[rows, MOST] peaks of the parts of some rows (row `at` of lanes * G)."""
+    part = tl.arange(0, MOST)
+    mask = inside[:, None] & (part < used)[None, :]
+    return tl.load(peaks + at[:, None] * programs + part[None, :], mask=mask, other=NOTHING)
+
+
+@triton.jit
+def load_totals(peaks, totals, at, inside, used, programs, MOST: tl.constexpr):
+    """(peaks, totals) [rows, MOST] of the parts of some rows."""
+    part = tl.arange(0, MOST)
+    mask = inside[:, None] & (part < used)[None, :]
+    found = tl.load(totals + at[:, None] * programs + part[None, :], mask=mask, other=0.0)
+    return load_peaks(peaks, at, inside, used, programs, MOST), found
+
+
+@triton.jit
+def load_values(part, at, inside, used, programs, MOST: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, column=0):
+    """[rows, MOST, WIDTH] of the parts of some rows, from a column on."""
+    index, dim = tl.arange(0, MOST), column + tl.arange(0, WIDTH)
     mask = (inside[:, None] & (index < used)[None, :])[:, :, None] & (dim < DV)[None, None, :]
     row = at[:, None] * programs + index[None, :]
     return tl.load(part + row[:, :, None] * DV + dim[None, None, :], mask=mask, other=0.0)
@@ -197,8 +302,8 @@ def load_gates(gates, by_head, head, seen):
 
 
 @triton.jit
-def store_output(out, value, by_head, by_dim, head, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr):
-    """Write some heads of a lane's output."""
-    dim = tl.arange(0, DV_PAD)
+def store_output(out, value, by_head, by_dim, head, G: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, column=0):
+    """Write WIDTH columns, from one on, of some heads of a lane's output."""
+    dim = column + tl.arange(0, WIDTH)
     mask = (head < G)[:, None] & (dim < DV)[None, :]
     tl.store(out + head.to(tl.int64)[:, None] * by_head + dim[None, :] * by_dim, value.to(out.dtype.element_ty), mask)

@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flexnsa.kernels.decode_importance import importances
 from flexnsa.kernels.decode_parts import (
+    SIZES,
     attend_blocks,
     compressed_blocks,
     divided,
@@ -29,7 +30,7 @@ from flexnsa.kernels.decode_parts import (
     store_output,
     store_part,
 )
-from flexnsa.kernels.decode_static import SIZES, mix_static
+from flexnsa.kernels.decode_static import mix_static
 from flexnsa.kernels.topn import choose_among, load_scores
 
 

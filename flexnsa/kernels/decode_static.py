@@ -9,31 +9,28 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flexnsa.kernels.decode_importance import store_shares
 from flexnsa.kernels.decode_parts import (
+    NO_PAGE,
     NOTHING,
+    SIZES,
     attend,
-    attend_blocks,
+    attend_window,
     compressed_blocks,
+    compressed_tile,
     load_gates,
     load_queries,
     load_rows,
     load_totals,
     load_values,
-    locate,
     merge_parts,
     num_compressed,
     programs_used,
+    rows_from,
     sequence_length,
-    share,
     store_output,
     store_part,
+    tile_slots,
     window_tiles,
 )
-
-NO_PAGE = tl.constexpr(-(2**31))  # what no table holds
-
-SIZES = ["capacity", "num_pages", "win_num_pages", "table_row", "win_table_row", "imp_programs", "cmp_programs",
-         "win_programs", "slc_programs"]  # fmt: skip
-"""Arguments on whose divisibility the decoding kernels are not specialized."""
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -51,8 +48,7 @@ def attend_static(
 ):  # fmt: skip
     """What no selection decides: the first programs of a lane attend to compressed tokens, the others to the window.
 
-    A tile of compressed tokens are those that end in BLOCKS adjacent blocks; what they leave, `store_shares` says. A
-    compressed token lies BEHIND places before its slot. Those programs come first that have most to do.
+    What a tile of compressed tokens leaves, `store_shares` says. Those programs come first that have most to do.
     """
     lane, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, kv_head = lane // heads, lane % heads
@@ -72,27 +68,17 @@ def attend_static(
             peak = tl.full([HEADS], NOTHING, tl.float32)
             total = tl.zeros([HEADS, BLOCKS * RESIDUES], tl.float32)
             out = tl.zeros([HEADS, DV_PAD], tl.float32)
-            row = tl.arange(0, BLOCKS * RESIDUES)
             lane_head = lane * G + tl.arange(0, HEADS)
             is_head = tl.arange(0, HEADS) < G
-            within = (row // RESIDUES) * RATIO + row % RESIDUES
+            slots = tile_slots(RATIO, BLOCKS, RESIDUES)
+            k_at = rows_from(k + kv_head * k_head, slots, k_place, k_dim, D_PAD)
+            v_at = rows_from(v + kv_head * v_head, slots, v_place, v_dim, DV_PAD)
             for tile in tl.range(program, tiles, cmp_programs, num_stages=LATER_STAGES):
-                begin = tile * (BLOCKS * RATIO)
-                slot = begin + within
-                token = slot - (OVERLAP - 1)
-                inside = (token >= 0) & (token < count)
-                if RESIDUES != RATIO:
-                    inside = inside & (row % RESIDUES < RATIO)
-                if PAGE % (BLOCKS * RATIO) == 0:
-                    page = tl.load(table + batch * table_row + begin // PAGE)
-                    place = begin % PAGE + within - BEHIND
-                    mapped = inside & (token < tl.where((page >= 0) & (page < num_pages), count, 0))
-                else:
-                    page = locate(table + batch * table_row, slot, inside, num_pages, PAGE)
-                    place = slot % PAGE - BEHIND
-                    mapped = page >= 0
-                k_rows = load_rows(k + kv_head * k_head, page, place, mapped, k_page, k_place, k_dim, D, D_PAD)
-                v_rows = load_rows(v + kv_head * v_head, page, place, mapped, v_page, v_place, v_dim, DV, DV_PAD)
+                inside, page, begin, mapped = compressed_tile(
+                    table + batch * table_row, tile, count, num_pages, RATIO, OVERLAP, PAGE, BEHIND, BLOCKS, RESIDUES
+                )
+                k_rows = load_rows(k_at, page, begin, mapped, k_page, k_place, D, D_PAD)
+                v_rows = load_rows(v_at, page, begin, mapped, v_page, v_place, DV, DV_PAD)
                 weights, peak, total, out = attend(
                     q_rows, k_rows, v_rows, inside, scale_log2, peak, total, out, PRECISION
                 )
@@ -103,22 +89,13 @@ def attend_static(
             store_part(cmp_part, cmp_peaks, cmp_totals, lane, program, cmp_programs, peak, tl.sum(total, axis=1), out,
                        G, HEADS, DV, DV_PAD)  # fmt: skip
     else:
-        program -= cmp_programs
-        low = tl.maximum(length - WINDOW, 0)
-        first, last = share(window_tiles(length, WINDOW, SELECT_BLOCK, KEYS), win_programs, program)
-        if first < last:
-            blocks = low // SELECT_BLOCK + tl.arange(0, WIN_BLOCKS)
-            at = blocks * SELECT_BLOCK
-            found = locate(win_table + batch * win_table_row, at, at < length, win_num_pages, WIN_PAGE)
-            peak, total, out = attend_blocks(
-                q_rows, win_k + kv_head * win_k_head, win_v + kv_head * win_v_head, blocks, found, first, last, low,
-                length, scale_log2, win_k_page, win_k_place, win_k_dim, win_v_page, win_v_place, win_v_dim,
-                WIN_BLOCKS, HEADS, D, DV, D_PAD, DV_PAD, SELECT_BLOCK, WIN_PAGE, WIN_RING, KEYS, STAGES, PRECISION,
-            )  # fmt: skip
-            if EARLY:
-                gdc_launch_dependents()
-            store_part(win_part, win_peaks, win_totals, lane, program, win_programs, peak, total, out, G, HEADS, DV,
-                       DV_PAD)  # fmt: skip
+        attend_window(
+            q_rows, win_k + kv_head * win_k_head, win_v + kv_head * win_v_head, win_table + batch * win_table_row,
+            win_part, win_peaks, win_totals, lane, program - cmp_programs, win_programs, length, scale_log2,
+            win_k_page, win_k_place, win_k_dim, win_v_page, win_v_place, win_v_dim, win_num_pages,
+            G, D, DV, HEADS, D_PAD, DV_PAD, SELECT_BLOCK, WINDOW, WIN_PAGE, WIN_RING, WIN_BLOCKS, KEYS, STAGES,
+            PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
