@@ -323,11 +323,19 @@ def test_a_step_fills_its_waves(lanes: int):
 
 
 @pytest.mark.parametrize(
-    ("lanes", "blocks", "alone"),
-    [(4, 2048, True), (4, 2049, False), (8, 2048, True), (16, 1024, True), (16, 2048, False), (17, 128, False)],
+    ("lanes", "blocks", "alone"), [(4, 8192, True), (4, 8193, False), (32, 8192, True), (33, 128, False)]
 )
-def test_each_program_chooses_where_summing_is_little_work(lanes: int, blocks: int, alone: bool):
+def test_each_program_chooses_where_lanes_are_few(lanes: int, blocks: int, alone: bool):
     assert decode.plan_step(lanes, blocks, PAPER, 512, 16, 227 << 10).alone == alone
+
+
+@pytest.mark.parametrize("lanes", range(1, decode.FEW_LANES + 1))
+@pytest.mark.parametrize("blocks", (1, 7, 100, 1000, 8192))
+def test_who_reads_values_reads_those_of_whole_programs(lanes: int, blocks: int):
+    """Programs of one number modulo `values` scored what one program reads the values of."""
+    plan = decode.plan_step(lanes, blocks, PAPER, 512, 16, 227 << 10)
+    assert plan.alone and plan.compressed % plan.values == 0
+    assert plan.run & (plan.run - 1) == 0
 
 
 DIVISIONS = {
@@ -336,7 +344,7 @@ DIVISIONS = {
     "merged by a launch": {"split": True, "FEW_PARTS": 1},
     "each chooses": {"split": True, "FEW_LANES": 1000},
     "one chooses and attends": {"split": False, "FEW_LANES": 1000},
-    "each chooses, two heads at a time": {"split": True, "FEW_LANES": 1000, "SUMMED": 64},
+    "each chooses, of a few sums each": {"split": True, "FEW_LANES": 1000, "SUMMED": 64},
 }
 """How a step's work is divided over programs."""
 

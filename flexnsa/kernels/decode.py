@@ -21,10 +21,10 @@ from flexnsa.types import BranchKV
 WAVE = 396
 """Programs that an H200 runs at a time, three on each multiprocessor."""
 
-FEW_LANES = 16
+FEW_LANES = 32
 """Lanes that leave so much of a device idle that every program of the selected branch chooses for itself."""
 
-MOST_BLOCKS = 2048
+MOST_BLOCKS = 8192
 """Blocks among which it does, for it holds an importance and a page of each in registers."""
 
 SUMMED = 8192
