@@ -21,6 +21,9 @@ from flexnsa.types import BranchKV
 WAVE = 396
 """Programs that an H200 runs at a time, three on each multiprocessor."""
 
+THIRD = 168
+"""Registers a thread that let three programs of four warps share a multiprocessor."""
+
 FEW_LANES = 32
 """Lanes that leave so much of a device idle that every program of the selected branch chooses for itself."""
 
@@ -283,9 +286,12 @@ def run_step(
         arguments |= {"TILES": plan.run // plan.blocks, "CHUNK": padded(group)}
         edges = ("ends", "befores", "afters", "tile_peaks", "next_peaks")
         arguments |= {name: scratch(group, tiles_pitch) for name in edges}
-        _launch(attend_static, (lanes, plan.compressed + plan.window), arguments | compressed | window, first=True)
+        # More heads than a product's tile has rows need more registers than that.
+        third: dict[str, Any] = {"maxnreg": THIRD} if padded(group) == 16 else {}
+        static = arguments | compressed | window
+        _launch(attend_static, (lanes, plan.compressed + plan.window), static, first=True, **third)
         _launch(select, (lanes, runs + rows), arguments, **SUMS)
-        _launch(attend_selected, (plan.selected, lanes), arguments | selected)
+        _launch(attend_selected, (plan.selected, lanes), arguments | selected, **third)
         if not merges:
             _launch(add_selected, (rows, lanes), arguments)
     return arguments["indices"].view(batch, heads, 1, -1)
