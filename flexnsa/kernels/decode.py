@@ -276,7 +276,10 @@ def run_step(
         arguments |= {"scores": scratch(group, width), "scores_pitch": width, "summed": scratch(dtype=torch.int32)}
         arguments |= {"RUN": plan.run, "OWN": _own(config, plan), "SLC_STAGES": min(plan.stages, 2), "COLUMNS": columns}
         _launch(score_compressed, (lanes, plan.compressed), arguments | compressed, first=True)
-        _launch(use_scores, (plan.values + runs + plan.window, lanes), arguments | compressed | window)
+        programs = plan.values + runs + plan.window
+        # Where each has a multiprocessor to itself it had better be quick, elsewhere small.
+        warps = 8 if lanes * programs <= WAVE // 2 else 4
+        _launch(use_scores, (programs, lanes), arguments | compressed | window, num_warps=warps)
         _launch(attend_chosen, (plan.selected, lanes), arguments | selected, num_warps=8)
         _launch(merge_branches, (rows * (padded(dv) // columns), lanes), arguments, num_warps=1)
     else:

@@ -86,8 +86,9 @@ def _from(selected, pages, first, S: tl.constexpr, OWN: tl.constexpr):
     rank = tl.where(selected, tl.cumsum(selected.to(tl.int32), axis=0) - 1 - first, -1)
     numbers, places = tl.full([OWN], -1, tl.int32), tl.full([OWN], -1, tl.int32)
     for i in tl.static_range(OWN):
-        numbers = tl.where(entry == i, tl.sum(tl.where(rank == i, block + 1, 0), axis=0) - 1, numbers)
-        places = tl.where(entry == i, tl.sum(tl.where(rank == i, pages + 1, 0), axis=0) - 1, places)
+        both = tl.where((rank == i)[:, None], tl.join(block, pages) + 1, 0)
+        number, place = tl.split(tl.sum(both, axis=0) - 1)
+        numbers, places = tl.where(entry == i, number, numbers), tl.where(entry == i, place, places)
     return numbers, places
 
 
@@ -118,11 +119,12 @@ def attend_chosen(
     if program == 0 or first < last:
         q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
         block, current = tl.arange(0, S), (length + SELECT_BLOCK - 1) // SELECT_BLOCK - 1
-        # Every page's number, while others sum: none has to be asked for once the choice is made.
-        pages = locate(table + batch * table_row, block * SELECT_BLOCK, block <= current, num_pages, PAGE)
         while tl.atomic_add(summed + lane, 0, sem="acquire") < imp_programs:
             pass
-        found = tl.load(sums + lane * pitch + block, mask=block < touched, other=0.0)
+        # Whole groups of 16 are read, so that loads are wide.
+        found = tl.load(sums + lane * pitch + block, mask=block < (touched + 15) // 16 * 16, other=0.0)
+        # Every page's number, on its way while blocks are chosen.
+        pages = locate(table + batch * table_row, block * SELECT_BLOCK, block <= current, num_pages, PAGE)
         selected = _choose(found, current, touched, NUM_SELECTED, NUM_INITIAL, NUM_LOCAL, S, N)
         base = first // SUBS
         own, found = _from(selected, pages, base, S, OWN)

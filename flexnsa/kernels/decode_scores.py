@@ -121,9 +121,8 @@ def use_scores(
         if EARLY:
             gdc_wait()
             gdc_launch_dependents()
-        if program * RUN < tiles * BLOCKS:
-            _sum_scores(scores, cmp_peaks, cmp_totals, sums + lane * pitch, lane, program, tiles, cmp_programs,
-                        scores_pitch, G, HEADS, OVERLAP, BLOCKS, RESIDUES, RUN, CMP_MOST)  # fmt: skip
+        _sum_scores(scores, cmp_peaks, cmp_totals, sums + lane * pitch, lane, program, tiles, cmp_programs,
+                    pitch, scores_pitch, G, HEADS, OVERLAP, BLOCKS, RESIDUES, RUN, CMP_MOST)  # fmt: skip
         tl.debug_barrier()
         tl.atomic_add(summed + lane, 1, sem="release")
     else:
@@ -141,37 +140,40 @@ def use_scores(
 
 @triton.jit
 def _sum_scores(
-    scores, cmp_peaks, cmp_totals, sums, lane, program, tiles, cmp_programs, scores_pitch,
+    scores, cmp_peaks, cmp_totals, sums, lane, program, tiles, cmp_programs, pitch, scores_pitch,
     G: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr, BLOCKS: tl.constexpr, RESIDUES: tl.constexpr,
     RUN: tl.constexpr, CMP_MOST: tl.constexpr,
 ):  # fmt: skip
-    head, block = tl.arange(0, HEADS), program * RUN + tl.arange(0, RUN)
-    row, is_head = lane * G + head, head < G
-    used = tl.minimum(tiles, cmp_programs)
-    peaks, totals = load_totals(cmp_peaks, cmp_totals, row, is_head, used, cmp_programs, CMP_MOST)
-    at = scores + row * scores_pitch
-    own = _load_blocks(at, block, is_head, tiles * BLOCKS, RESIDUES)
+    """The importance of a run of blocks. Nothing is asked for later than the length: what lies past it is dropped."""
+    head, block, part = tl.arange(0, HEADS), program * RUN + tl.arange(0, RUN), tl.arange(0, CMP_MOST)
+    row, is_head, used = lane * G + head, head < G, part < tl.minimum(tiles, cmp_programs)
+    peaks, totals = load_totals(cmp_peaks, cmp_totals, row, is_head, cmp_programs, cmp_programs, CMP_MOST)
+    at, last = scores + row * scores_pitch, tiles * BLOCKS
+    own = _load_blocks(at, block, is_head, scores_pitch, RESIDUES)
     if OVERLAP > 1:
-        following = _load_blocks(at, block + 1, is_head, tiles * BLOCKS, RESIDUES)
-    top, total = softmax_of_parts(peaks, totals)
+        following = _load_blocks(at, block + 1, is_head, scores_pitch, RESIDUES)
+    peaks = tl.where(used[None, :], peaks, NOTHING)
+    top, total = softmax_of_parts(peaks, tl.where(used[None, :], totals, 0.0))
     inverse = 1.0 / tl.where(total != 0.0, total, 1.0)
     # Scaled by 2 ** 64, which changes no order, so that blocks of probability 1e-45 still compare.
     top = (top - 64.0)[None, :, None]
+    own = tl.where((block < last)[:, None, None], own, UNSEEN)
     found, before = by_block(tl.exp2(own - top), RESIDUES, OVERLAP)
     if OVERLAP > 1:
+        following = tl.where((block + 1 < last)[:, None, None], following, UNSEEN)
         _, after = by_block(tl.exp2(following - top), RESIDUES, OVERLAP)
         found = joined(found, after, before, OVERLAP)
-    tl.store(sums + block, tl.sum(found * inverse[None, :], axis=1), mask=block < tiles * BLOCKS)
+    tl.store(sums + block, tl.sum(found * inverse[None, :], axis=1), mask=block < tl.minimum(last, pitch))
 
 
 @triton.jit
-def _load_blocks(at, block, is_head, blocks, RESIDUES: tl.constexpr):
-    """[blocks, heads, RESIDUES] scores of the tokens that end in some blocks, below `blocks`; UNSEEN past them.
+def _load_blocks(at, block, is_head, scores_pitch, RESIDUES: tl.constexpr):
+    """[blocks, heads, RESIDUES] scores of the tokens that end in some blocks; UNSEEN past the last that there may be.
 
     Heads are the middle axis: so a thread holds several of them of a block, and adds them by itself.
     """
     token = block[:, None] * RESIDUES + tl.arange(0, RESIDUES)[None, :]
-    mask = (block < blocks)[:, None] & is_head[None, :]
+    mask = (block * RESIDUES < scores_pitch)[:, None] & is_head[None, :]
     return tl.load(at[None, :, None] + token[:, None, :], mask=mask[:, :, None], other=UNSEEN)
 
 
