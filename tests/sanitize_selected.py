@@ -28,7 +28,7 @@ import test_kernels_scoring as scoring  # noqa: E402
 import test_kernels_selected as selected  # noqa: E402
 import test_paged as paged  # noqa: E402
 from flexnsa import NSAConfig, PagedKV, Pages, paged_step  # noqa: E402
-from flexnsa.kernels import selected_backward  # noqa: E402
+from flexnsa.kernels import decode, selected_backward  # noqa: E402
 
 SELECTED = [  # batch, KV heads, group, d, dv, select_block, tokens, documents, num_selected, seed, dtype
     (1, 1, 3, 80, 96, 32, 70, True, 3, 5, torch.float16),
@@ -107,6 +107,7 @@ def main(*asked: str) -> None:
     """Every kernel at least once."""
     note_launches(InterpretedFunction if DEVICE == "cpu" else JITFunction)
     selected_backward._ROWS_PER_ITEM = 128  # so that few queries are several items already
+    decode.FEW_LANES = 16  # so that a few more are many already
     calls = [(attend, case) for case in SELECTED]
     calls += [(score, (90, 4, torch.bfloat16)), (step, ((90, 0, 33),)), (step, (tuple(range(0, 80, 4)),))]
     if "--long" in asked:

@@ -40,7 +40,7 @@ def where() -> str:
 def designs() -> str:
     """Every division of one sequence's step that was timed, the fastest of the longest sequence first.
 
-    Those of the second run are in italics.
+    Those of later runs are in italics.
     """
     rows, lengths = _by_design()
     lines = ["| design | " + " | ".join(f"{n // 1024}k, µs | cached" for n in lengths) + " |"]
@@ -55,14 +55,16 @@ def designs() -> str:
     return "\n".join(lines) + f"\n\n{recorded.where(recorded.result(DESIGNS))}."
 
 
-def first_launch() -> str:
-    """What the first launch of one sequence's step takes, and parts of it."""
-    rows: dict[str, dict[int, float]] = {}
-    for row in recorded.result(DESIGNS)["first_launch"]:
-        rows.setdefault(row["part"], {})[row["tokens"]] = row["us"]
+def timeline() -> str:
+    """From when to when each part of one sequence's step runs."""
+    rows: dict[str, dict[int, Any]] = {}
+    for row in recorded.result(DESIGNS)["timeline"]:
+        rows.setdefault(row["part"], {})[row["tokens"]] = row
     lengths = sorted({tokens for found in rows.values() for tokens in found})
-    lines = ["| first launch | " + " | ".join(f"{n // 1024}k, µs" for n in lengths) + " |", "|---|--:|--:|"]
-    lines += [f"| {part} | " + " | ".join(f"{found[n]:.1f}" for n in lengths) + " |" for part, found in rows.items()]
+    lines = ["| one sequence | " + " | ".join(f"{n // 1024}k, µs" for n in lengths) + " |", "|---|--:|--:|"]
+    for part, found in rows.items():
+        cells = (f"{found[n]['begin_us']:.1f} to {found[n]['end_us']:.1f}" for n in lengths)
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -72,11 +74,10 @@ def bounds() -> str:
     tokens = lengths[-1]
     row = next(found for name, found in rows.items() if name.endswith(CHOSEN))[tokens]
     case = next(case for case in LARGE if (case.name, case.tokens) == ("single", tokens))
-    first, two, least = row["first_launch_us"], row["two_launches_us"], 1e6 * case.sparse_bytes / CEILING
+    least = 1e6 * case.sparse_bytes / CEILING
     return (
-        f"At {tokens:,} tokens all keys and values that a step reads take {least:.1f} µs at the ceiling. The first "
-        f"launch alone takes {first:.1f} µs, the second {two - first:.1f} µs more; with everything in the L2 cache "
-        f"already the whole step takes {row['in_cache_us']:.1f} µs rather than {row['us']:.1f}."
+        f"At {tokens:,} tokens all keys and values that a step reads take {least:.1f} µs at the ceiling, the step "
+        f"{row['us']:.1f} µs, and {row['in_cache_us']:.1f} with everything in the L2 cache already."
     )
 
 

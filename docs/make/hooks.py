@@ -32,7 +32,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "decode where": decode.where,
     "decode designs": decode.designs,
     "decode bounds": decode.bounds,
-    "decode first launch": decode.first_launch,
+    "decode timeline": decode.timeline,
     "distributed": distributed.table,
     "gpu tests": gpu_tests.table,
     "learn": learn.table,
