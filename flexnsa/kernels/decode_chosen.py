@@ -1,7 +1,7 @@
 """The selected branch of a decoding step of few lanes: every program chooses by itself, then attends to its blocks.
 
-Few lanes leave most of a device idle, and a step is a chain of waits. So the programs of a lane all sum the same
-importances and choose the same blocks, rather than wait for one that does.
+Few lanes leave most of a device idle, and a step is a chain of waits. So the programs of a lane all choose the same
+blocks, rather than wait for one that does.
 """
 
 import triton
@@ -105,8 +105,7 @@ def attend_chosen(
 ):  # fmt: skip
     """Choose, and attend to a run of the selected blocks, OWN at most.
 
-    The choice waits for the lane's importances alone, whose programs all run by then; the launch before is waited for
-    at the end.
+    The choice waits for the lane's importances alone; the launch before is waited for at the end.
     """
     program, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv_head = lane // heads, lane % heads
@@ -119,6 +118,7 @@ def attend_chosen(
     if program == 0 or first < last:
         q_rows = load_queries(q + batch * q_batch + kv_head * G * q_head, q_head, q_dim, G, HEADS, D, D_PAD)
         block, current = tl.arange(0, S), (length + SELECT_BLOCK - 1) // SELECT_BLOCK - 1
+        # No program can be kept from running by those that wait here: this launch begins after all of them have.
         while tl.atomic_add(summed + lane, 0, sem="acquire") < imp_programs:
             pass
         # Whole groups of 16 are read, so that loads are wide.

@@ -13,7 +13,7 @@ _MAGIC = tl.constexpr(1.5 * 2.0**23)  # floats from here on have no fraction
 NO_PAGE = tl.constexpr(-(2**31))  # what no table holds
 
 SIZES = ["capacity", "num_pages", "win_num_pages", "table_row", "win_table_row", "imp_programs", "cmp_programs",
-         "win_programs", "slc_programs"]  # fmt: skip
+         "val_programs", "win_programs", "slc_programs"]  # fmt: skip
 """Arguments on whose divisibility the decoding kernels are not specialized."""
 
 

@@ -1,6 +1,6 @@
-"""The compressed branch of a decoding step of few lanes, in passes of their own over keys, scores and values.
+"""The static branches of a decoding step of few lanes: passes of their own over compressed keys, scores and values.
 
-What the choice waits for is short that way: the values are read while others choose.
+What the choice waits for is short that way: values and window are read meanwhile.
 """
 
 import triton
@@ -40,7 +40,10 @@ def score_compressed(
     PAGE: tl.constexpr, BEHIND: tl.constexpr, BLOCKS: tl.constexpr, RESIDUES: tl.constexpr,
     LATER_STAGES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`scores` [lanes, G, blocks * RESIDUES] of compressed tokens, and peaks and totals of a program's softmax."""
+    """`scores` [lanes, G, blocks * RESIDUES] of compressed tokens, and peaks and totals of a program's softmax.
+
+    Sets `summed` [lanes] to 0.
+    """
     lane, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, kv_head = lane // heads, lane % heads
     # Asked for while the length is on its way.
@@ -97,6 +100,8 @@ def use_scores(
     """Importance; meanwhile others attend to the compressed values and to the window, for which no choice waits.
 
     `sums` [lanes, pitch] are the importances of blocks, RUN a program; `summed` counts a lane's programs that are done.
+    The next launch reads it without having waited for this one. So it may begin only after all that sum run, and know
+    what the launch before this one left.
     """
     program, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv_head = lane // heads, lane % heads
